@@ -1,0 +1,118 @@
+"""What every dials.diffuse_* command does before and after its one function call.
+
+    phil_scope = load_phil("merge")
+
+    @dials.util.show_mail_handle_errors()
+    def run(args=None, phil=phil_scope):
+        parser = ArgumentParser(usage=usage, phil=phil, epilog=__doc__, ...)
+        try:
+            params, options, files = parse_arguments(parser, args)
+            start_log(params, options)
+            report_changes(parser)
+            ...
+        except ValueError as e:
+            raise Sorry(e) from None
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import logging
+import os
+import sys
+from typing import Any, Sequence
+
+import h5py
+
+import libtbx.phil
+
+import dials.util.log
+from dials.util.options import ArgumentParser
+from dials.util.version import dials_version
+
+import dials_diffuse
+
+logger = logging.getLogger("dials.diffuse.command")
+
+
+def load_phil(name: str) -> libtbx.phil.scope:
+    """The PHIL scope of ``phil/<name>.phil``, with the scopes that it includes."""
+    source = importlib.resources.files("dials_diffuse.phil") / f"{name}.phil"
+    return libtbx.phil.parse(
+        source.read_text(encoding="utf-8"), process_includes=True
+    )
+
+
+def parse_arguments(
+    parser: ArgumentParser, args: Sequence[str] | None = None
+) -> tuple[Any, Any, list[str]]:
+    """Parameters, options and HDF5 files of a command line.
+
+    DIALS reads every file argument to see what it is, as text (all of it) and as a
+    reflection table. Our HDF5 files may be larger than the memory, so they are taken
+    out before DIALS sees them.
+
+    Args:
+        parser: A parser that does not read reflections.
+        args: The arguments, or None for those of the process.
+
+    Returns:
+        params: The extracted PHIL parameters.
+        options: The options, for ``start_log``.
+        files: The HDF5 files among the arguments, in their order.
+
+    Raises:
+        ValueError: An argument is neither a file that the command can use nor a
+            parameter, or has a wrong value.
+    """
+    args = list(sys.argv[1:] if args is None else map(os.fspath, args))
+    files = [arg for arg in args if os.path.isfile(arg) and h5py.is_hdf5(arg)]
+    rest = [arg for arg in args if arg not in files]
+    try:
+        params, options, unhandled = parser.parse_args(
+            args=rest, show_diff_phil=False, return_unhandled=True
+        )
+    except RuntimeError as e:  # a value that does not fit its PHIL type
+        raise ValueError(" ".join(str(e).split())) from None
+    if unhandled:
+        reasons = [_why_unhandled(arg, parser.system_phil) for arg in unhandled]
+        raise ValueError("\n".join(reasons))
+    return params, options, files
+
+
+def _why_unhandled(arg: str, phil: libtbx.phil.scope) -> str:
+    """Why DIALS could not use an argument, in one line."""
+    if os.path.isdir(arg):
+        return f"{arg} is a folder: give files"
+    if os.path.exists(arg):
+        return f"{arg} is not a file that this command can use: see the help (-h)"
+    if "=" not in arg:
+        return f"{arg} does not exist"
+    try:
+        phil.command_line_argument_interpreter().process_arg(arg=arg)
+    except Exception as e:  # libtbx raises Sorry and RuntimeError alike
+        reason = " ".join(str(e).split())
+        return reason if arg in reason else f"{arg}: {reason}"
+    return f"{arg} is not understood: see the help (-h)"
+
+
+def start_log(params: Any, options: Any) -> None:
+    """Log to the terminal and to ``params.output.log``; first line the versions.
+
+    Raises:
+        ValueError: The log file cannot be written.
+    """
+    try:
+        dials.util.log.config(options.verbose, logfile=params.output.log)
+    except OSError as e:
+        raise ValueError(
+            f"Cannot write the log file {params.output.log}: {e.strerror}"
+        ) from None
+    logger.info("%s, dials_diffuse %s", dials_version(), dials_diffuse.__version__)
+
+
+def report_changes(parser: ArgumentParser) -> None:
+    """Log the parameters that differ from their defaults."""
+    changes = parser.diff_phil.as_str().rstrip()
+    if changes:
+        logger.info("The following parameters have been modified:\n%s", changes)

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import logging
+
+import h5py
+import pytest
+
+import libtbx.phil
+
+from dials.util.options import ArgumentParser
+from dials.util.version import dials_version
+
+import dials_diffuse
+from dials_diffuse.util import command
+
+PHIL = """
+n_shells = 20
+  .type = int(value_min=1)
+output {
+  log = None
+    .type = path
+}
+"""
+
+
+@pytest.fixture
+def parser():
+    return ArgumentParser(
+        usage="test",
+        phil=libtbx.phil.parse(PHIL),
+        epilog="",
+        read_experiments=True,
+        check_format=False,
+    )
+
+
+def test_hdf5_files_are_kept_from_dials(parser, tmp_path):
+    path = tmp_path / "large.refl"
+    with h5py.File(path, "w"):
+        pass
+    params, options, files = command.parse_arguments(parser, [path, "n_shells=3"])
+    assert files == [str(path)]
+    assert params.n_shells == 3
+    assert options.verbose == 0
+
+
+@pytest.mark.parametrize(
+    "arg, message",
+    [
+        ("nowhere.refl", "nowhere.refl does not exist"),
+        ("n_shells=abc", 'n_shells="abc"'),
+        ("n_shels=3", "n_shels"),
+        ("n_shells=", "n_shells="),
+    ],
+)
+def test_wrong_argument_is_named(parser, tmp_path, monkeypatch, arg, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        command.parse_arguments(parser, [arg])
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_wrong_files_are_all_named(parser, tmp_path):
+    text = tmp_path / "notes.txt"
+    text.write_text("not a reflection table")
+    with pytest.raises(ValueError, match="notes.txt is not a file.*\n.*is a folder"):
+        command.parse_arguments(parser, [str(text), str(tmp_path)])
+
+
+def test_log_tells_versions_and_changed_parameters(parser, tmp_path):
+    log = tmp_path / "test.log"
+    params, options, _ = command.parse_arguments(
+        parser, ["n_shells=3", f"output.log={log}"]
+    )
+    command.start_log(params, options)
+    command.report_changes(parser)
+    logging.getLogger("dials.diffuse.test").info("12 voxels")
+    text = log.read_text()
+    assert dials_version() in text
+    assert f"dials_diffuse {dials_diffuse.__version__}" in text
+    assert "n_shells = 3" in text
+    assert "12 voxels" in text
+
+
+def test_log_that_cannot_be_written(parser, tmp_path):
+    params, options, _ = command.parse_arguments(
+        parser, [f"output.log={tmp_path}/nowhere/test.log"]
+    )
+    with pytest.raises(ValueError, match="Cannot write the log file .*test.log"):
+        command.start_log(params, options)
