@@ -1,0 +1,3 @@
+"""PHIL definitions of the stages, and presets."""
+
+from __future__ import annotations
