@@ -18,9 +18,11 @@ DIALS_DIFFUSE_DATA ?= ../shared/data
 DATA = $(DIALS_DIFFUSE_DATA)
 PYTEST_ARGS =
 
-# Another Python's packages, or those in the user's home, are not what is tested.
+# Another installation of DIALS, or packages in the user's home, are not what is tested.
 unexport PYTHONPATH
 unexport PYTHONHOME
+unexport CONDA_PREFIX
+unexport LIBTBX_BUILD
 export PYTHONNOUSERSITE = 1
 
 RUN = DIALS_DIFFUSE_DATA="$(DATA)" PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
@@ -60,7 +62,7 @@ $(BUILD)/commands: FORCE
 	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
 
 $(VENV)/installed: $(VENV)/made $(BUILD)/commands $(BUILD_INPUTS) | packages
-	$(VENV)/bin/python -m pip install --quiet --no-index --no-cache-dir \
+	$(VENV)/bin/python -m pip install -qq --no-index --no-cache-dir \
 		--disable-pip-version-check --no-build-isolation --no-deps --editable .
 	touch $@
 
