@@ -50,6 +50,8 @@ def entry_points():
             for command, module in commands().items()
         ],
         # Asks libtbx.refresh to wrap the installed scripts into dispatchers.
-        "libtbx.dispatcher.script": [f"{command} = {command}" for command in commands()],
+        "libtbx.dispatcher.script": [
+            f"{command} = {command}" for command in commands()
+        ],
         **PLUGINS,
     }

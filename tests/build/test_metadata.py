@@ -59,9 +59,7 @@ def test_every_entry_point_loads(installed):
             assert callable(entry.load()), entry
 
 
-def test_first_line_without_dispatcher_name_is_refused(
-    metadata, tmp_path, monkeypatch
-):
+def test_first_line_without_dispatcher_name_is_refused(metadata, tmp_path, monkeypatch):
     monkeypatch.setattr(metadata, "ROOT", tmp_path)
     (tmp_path / "command_line").mkdir()
     (tmp_path / "command_line" / "diffuse_x.py").write_text('"""No such line."""\n')
