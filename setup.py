@@ -65,7 +65,6 @@ setup(
     license="BSD-3-Clause",
     classifiers=[
         "Intended Audience :: Science/Research",
-        "Operating System :: MacOS",
         "Operating System :: POSIX :: Linux",
         "Programming Language :: C++",
         "Programming Language :: Python :: 3",

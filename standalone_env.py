@@ -67,6 +67,8 @@ def make(Environment, arguments):
             "boost_adaptbx/optional_conversions.h", include_roots
         ),
         boost_include=_root_of("boost/python.hpp", include_roots),
+        # conda keeps headers that cctbx generates apart from those that it copies
+        conda_cpppath=include_roots,
     )
     return env_etc, _environment(Environment, python, lib_dirs)
 
@@ -105,13 +107,13 @@ def _root_of(header, roots):
 
 
 def _boost_python_library(version, lib_dirs):
-    """Name of the Boost.Python library for this interpreter, e.g. boost_python311."""
+    """Folder and name of Boost.Python for this interpreter, e.g. boost_python311."""
     names = ["boost_python" + version, "boost_python"]
     for name in names:
         for directory in lib_dirs:
             for suffix in (".so", ".dylib"):
                 if os.path.exists(os.path.join(directory, f"lib{name}{suffix}")):
-                    return name
+                    return directory, name
     sys.exit(f"no library {' or '.join(names)} in {', '.join(lib_dirs)}")
 
 
@@ -121,7 +123,10 @@ def _flags(variable):
 
 def _environment(Environment, python, lib_dirs):
     """The SCons environment that builds a Boost.Python extension module."""
+    lib_dir, boost_python = _boost_python_library(python["version"], lib_dirs)
     env = Environment(ENV=os.environ, tools=["cc", "g++", "gnulink", "ar"])
+    if sys.platform == "darwin":
+        env.Replace(SHLINKFLAGS=["-bundle", "-undefined", "dynamic_lookup"])
     if os.environ.get("CC"):
         env.Replace(CC=os.environ["CC"], SHCC=os.environ["CC"])
     if os.environ.get("CXX"):
@@ -136,12 +141,12 @@ def _environment(Environment, python, lib_dirs):
             ("BOOST_PYTHON_MAX_BASES", "2"),
         ],
         LIBPATH=[d for d in lib_dirs if d != _SYSTEM_LIB],
-        LIBS=[_boost_python_library(python["version"], lib_dirs), "m"],
+        LIBS=[boost_python, "m"],
     )
     env.Append(
         CXXFLAGS=_flags("CPPFLAGS") + _flags("CXXFLAGS"), SHLINKFLAGS=_flags("LDFLAGS")
     )
     env.Replace(SHLIBPREFIX="", SHLIBSUFFIX=python["suffix"])
-    if sys.platform == "darwin":
-        env.Replace(SHLINKFLAGS=["-bundle", "-undefined", "dynamic_lookup"])
+    if sys.platform != "darwin" and not lib_dir.startswith(_SYSTEM_LIB):
+        env.Append(RPATH=[lib_dir])  # the loader searches a conda prefix only if told
     return env
