@@ -24,6 +24,7 @@ from typing import Any, Sequence
 
 import h5py
 
+import iotbx.phil
 import libtbx.phil
 
 import dials.util.log
@@ -38,7 +39,7 @@ logger = logging.getLogger("dials.diffuse.command")
 def load_phil(name: str) -> libtbx.phil.scope:
     """The PHIL scope of ``phil/<name>.phil``, with the scopes that it includes."""
     source = importlib.resources.files("dials_diffuse.phil") / f"{name}.phil"
-    return libtbx.phil.parse(
+    return iotbx.phil.parse(
         source.read_text(encoding="utf-8"), process_includes=True
     )
 

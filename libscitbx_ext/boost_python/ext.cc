@@ -1,14 +1,189 @@
+/* Bindings of the pixel loop: arrays come and go as flex arrays. */
 #include <boost/python.hpp>
-#include <string>
+
+#include <scitbx/array_family/boost_python/flex_fwd.h>
+#include <scitbx/array_family/flex_types.h>
+#include <scitbx/array_family/shared.h>
+#include <scitbx/array_family/versa.h>
+#include <scitbx/mat3.h>
+#include <scitbx/sym_mat3.h>
+#include <scitbx/vec3.h>
+
+#include "../pixel_loop.h"
 
 namespace dials_diffuse { namespace boost_python {
 
-  std::string version() {
-    return "0.1.0";
+  namespace af = scitbx::af;
+  namespace bp = boost::python;
+  using scitbx::mat3;
+  using scitbx::sym_mat3;
+  using scitbx::vec3;
+
+  /* Releases the GIL for its lifetime. Meanwhile no Python object and no af handle may
+   * be copied: their reference counts are not atomic. */
+  class gil_release {
+  public:
+    gil_release() : state_(PyEval_SaveThread()) {}
+    ~gil_release() {
+      PyEval_RestoreThread(state_);
+    }
+    gil_release(const gil_release &) = delete;
+    gil_release &operator=(const gil_release &) = delete;
+
+  private:
+    PyThreadState *state_;
+  };
+
+  /* A panel's arrays, kept alive, and its numbers. */
+  class Panel {
+  public:
+    Panel(const af::shared<float> &ex,
+          const af::shared<float> &ey,
+          const af::shared<float> &ez,
+          const af::shared<float> &normalisation,
+          int nfast,
+          int nslow,
+          double trusted_min,
+          double trusted_max,
+          double gain,
+          double pedestal)
+        : ex_(ex), ey_(ey), ez_(ez), normalisation_(normalisation) {
+      const std::size_t n = std::size_t(nfast) * nslow;
+      if (nfast < 1 || nslow < 1)
+        throw std::invalid_argument("image_size must be positive");
+      if (ex.size() != n || ey.size() != n || ez.size() != n
+          || normalisation.size() != n)
+        throw std::invalid_argument("the arrays do not have nfast x nslow elements");
+      if (!(gain > 0)) throw std::invalid_argument("the gain must be positive");
+      PanelView view = {ex_.begin(),   ey_.begin(), ez_.begin(), normalisation_.begin(),
+                        nfast,         nslow,       trusted_min, trusted_max,
+                        gain,          pedestal};
+      view_ = view;
+    }
+    const PanelView &view() const {
+      return view_;
+    }
+
+  private:
+    af::shared<float> ex_, ey_, ez_, normalisation_;
+    PanelView view_;
+  };
+
+  Frame make_frame(const mat3<double> &w,
+                   const vec3<double> &s0,
+                   double wavelength,
+                   double s_min,
+                   double s_max,
+                   const vec3<double> &ndiv,
+                   const bp::object &exclusion,
+                   double z,
+                   double exposure) {
+    if (!(wavelength > 0))
+      throw std::invalid_argument("the wavelength must be positive");
+    Frame f;
+    for (int i = 0; i < 9; ++i) f.w[i] = float(w[i]);
+    for (int i = 0; i < 3; ++i) {
+      f.s0[i] = float(s0[i]);
+      f.inv_ndiv[i] = float(1.0 / ndiv[i]);
+    }
+    f.inv_wavelength = float(1.0 / wavelength);
+    f.s2_min = float(s_min * s_min);
+    f.s2_max = float(s_max * s_max);
+    f.exclude = !exclusion.is_none();
+    sym_mat3<double> g(0.0);
+    if (f.exclude) g = bp::extract<sym_mat3<double> >(exclusion)();
+    for (int i = 0; i < 6; ++i) f.g[i] = float(g[i]);
+    f.z = z;
+    f.exposure = exposure;
+    return f;
+  }
+
+  Accumulator *make_accumulator(const vec3<int> &half_size, int n_threads) {
+    Box box = {{half_size[0], half_size[1], half_size[2]}};
+    return new Accumulator(box, n_threads);
+  }
+
+  template <typename T>
+  void add_image(Accumulator &self,
+                 int panel,
+                 const Panel &geometry,
+                 const Frame &frame,
+                 const af::versa<T, af::flex_grid<> > &data) {
+    const PanelView &view = geometry.view();
+    if (panel < 0) throw std::invalid_argument("negative panel number");
+    if (data.size() != std::size_t(view.nfast) * view.nslow)
+      throw std::invalid_argument("the image has another size than its panel");
+    const T *begin = data.begin();
+    gil_release nogil;
+    self.add(panel, view, frame, begin);
+  }
+
+  bp::dict finish(Accumulator &self) {
+    std::vector<Sums> sums;
+    {
+      gil_release nogil;
+      sums = self.finish();
+    }
+    const std::size_t n = sums.size();
+    const int64_t box_size = self.box().size();
+    af::shared<int> place(n), panel(n), n_pixels(n);
+    af::shared<double> value(n), normalisation(n), x(n), y(n), z(n);
+    for (std::size_t i = 0; i < n; ++i) {
+      place[i] = int(sums[i].key % box_size);
+      panel[i] = int(sums[i].key / box_size);
+      n_pixels[i] = int(sums[i].n_pixels);
+      value[i] = sums[i].value;
+      normalisation[i] = sums[i].normalisation;
+      x[i] = sums[i].x;
+      y[i] = sums[i].y;
+      z[i] = sums[i].z;
+    }
+    bp::dict result;
+    result["place"] = place;
+    result["panel"] = panel;
+    result["n_pixels"] = n_pixels;
+    result["value"] = value;
+    result["normalisation"] = normalisation;
+    result["x"] = x;
+    result["y"] = y;
+    result["z"] = z;
+    return result;
+  }
+
+  /* Place in the box of each direction's voxel, or -1: the loop's geometry alone. */
+  af::shared<int> voxel_places_of(const vec3<int> &half_size,
+                                  const Panel &panel,
+                                  const Frame &frame) {
+    Box box = {{half_size[0], half_size[1], half_size[2]}};
+    const PanelView &p = panel.view();
+    af::shared<int> result(std::size_t(p.nfast) * p.nslow);
+    voxel_places(frame, box, p.ex, p.ey, p.ez, p.nfast * p.nslow, result.begin());
+    return result;
   }
 
   BOOST_PYTHON_MODULE(dials_diffuse_ext) {
-    boost::python::def("version", &version);
+    using namespace bp;
+    class_<Panel>("Panel", no_init)
+      .def(init<const af::shared<float> &, const af::shared<float> &,
+                const af::shared<float> &, const af::shared<float> &, int, int, double,
+                double, double, double>(
+        (arg("ex"), arg("ey"), arg("ez"), arg("normalisation"), arg("nfast"),
+         arg("nslow"), arg("trusted_min"), arg("trusted_max"), arg("gain") = 1.0,
+         arg("pedestal") = 0.0)));
+    class_<Frame>("Frame", no_init);
+    def("make_frame", &make_frame,
+        (arg("w"), arg("s0"), arg("wavelength"), arg("s_min"), arg("s_max"),
+         arg("ndiv"), arg("exclusion"), arg("z"), arg("exposure")));
+    class_<Accumulator, boost::noncopyable>("Accumulator", no_init)
+      .def("__init__", make_constructor(&make_accumulator, default_call_policies(),
+                                        (arg("half_size"), arg("n_threads") = 1)))
+      .def("add_image", &add_image<int>,
+           (arg("panel"), arg("geometry"), arg("frame"), arg("data")))
+      .def("add_image", &add_image<double>,
+           (arg("panel"), arg("geometry"), arg("frame"), arg("data")))
+      .def("finish", &finish);
+    def("voxel_places", &voxel_places_of,
+        (arg("half_size"), arg("panel"), arg("frame")));
   }
 
 }}  // namespace dials_diffuse::boost_python

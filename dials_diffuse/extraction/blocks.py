@@ -1,0 +1,95 @@
+"""The images that make up one observation per voxel: a still, or a range of rotation."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Iterator
+
+from dxtbx.imageset import ImageSequence
+from dxtbx.model import Experiment
+from dxtbx.model.experiment_list import ExperimentList
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Consecutive images of one experiment.
+
+    Attributes:
+        experiment: Number of the experiment in its list.
+        array_indices: Array indices of the images in the scan; 0 for a still without.
+    """
+
+    experiment: int
+    array_indices: range
+
+    def __len__(self) -> int:
+        return len(self.array_indices)
+
+
+def image_number(experiment: Experiment, array_index: int) -> int:
+    """Where in its image set an experiment's image stands.
+
+    Stills imported from a common file template share one image sequence that holds all
+    images: only the scan of the experiment says which one is its own.
+
+    Raises:
+        ValueError: The image set does not hold the image, or holds several and nothing
+            says which one belongs to the experiment.
+    """
+    imageset = experiment.imageset
+    if isinstance(imageset, ImageSequence):
+        number = array_index - imageset.get_array_range()[0]
+    else:
+        number = 0
+        if len(imageset) != 1:
+            raise ValueError(
+                f"the still {experiment.identifier} shares an image set of "
+                f"{len(imageset)} images and has no scan to say which is its own: "
+                "import with convert_sequences_to_stills=True"
+            )
+    if not 0 <= number < len(imageset):
+        raise ValueError(
+            f"the scan of experiment {experiment.identifier} includes image "
+            f"{array_index + 1}, which its image set does not hold"
+        )
+    return number
+
+
+def experiment_blocks(
+    number: int, experiment: Experiment, block_width: float
+) -> Iterator[Block]:
+    """The blocks of an experiment, in the order of its images.
+
+    Args:
+        number: Number of the experiment in its list.
+        experiment: The experiment.
+        block_width: Width of a block in degrees, rounded to whole images, at least one.
+    """
+    scan = experiment.scan
+    first, last = scan.get_array_range() if scan else (0, 1)
+    size = 1
+    if not experiment.is_still():
+        size = max(1, round(block_width / abs(scan.get_oscillation()[1])))
+    for start in range(first, last, size):
+        yield Block(number, range(start, min(start + size, last)))
+
+
+def make_blocks(experiments: ExperimentList, block_width: float) -> list[Block]:
+    """The blocks of all experiments, in their order."""
+    return [
+        block
+        for number, experiment in enumerate(experiments)
+        for block in experiment_blocks(number, experiment, block_width)
+    ]
+
+
+def missing_images(experiments: ExperimentList) -> list[str]:
+    """Paths of images that the experiments need and that are not there."""
+    paths = []
+    for experiment in experiments:
+        imageset = experiment.imageset
+        first, last = experiment.scan.get_array_range() if experiment.scan else (0, 1)
+        for array_index in range(first, last):
+            paths.append(imageset.get_path(image_number(experiment, array_index)))
+    return [path for path in dict.fromkeys(paths) if not os.path.isfile(path)]

@@ -1,0 +1,215 @@
+"""The whole of extraction: experiments in, a sorted table of voxel observations out."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import logging
+import multiprocessing
+import os
+import tempfile
+from pathlib import Path
+from typing import Iterator, Sequence
+
+import numpy as np
+
+from dials.util import progress
+from dxtbx.model.experiment_list import ExperimentList
+
+import dials_diffuse_ext as ext
+from dials_diffuse.extraction.blocks import Block, make_blocks
+from dials_diffuse.extraction.loop import accumulate_block
+from dials_diffuse.extraction.runs import merge_runs, write_runs
+from dials_diffuse.extraction.settings import ExtractionSettings
+from dials_diffuse.extraction.tables import TableKey, detector_tables, table_key
+from dials_diffuse.grid import Grid
+from dials_diffuse.io.observations import ObservationWriter
+
+logger = logging.getLogger("dials.diffuse.extract")
+
+CACHED_TABLES = 2  # 100 MB each for 6 million pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """All that a worker needs; handed over by fork, never pickled."""
+
+    experiments: ExperimentList
+    keys: tuple[TableKey, ...]
+    blocks: tuple[Block, ...]
+    grid: Grid
+    settings: ExtractionSettings
+    folder: Path
+    n_threads: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskResult:
+    """What a worker did: the runs it wrote, and counts for the log."""
+
+    paths: list[Path]
+    n_images: int
+    n_pixels: int
+    counts: float
+
+
+_job: Job | None = None
+
+
+@functools.lru_cache(maxsize=CACHED_TABLES)
+def _tables(key: TableKey) -> list[ext.Panel]:
+    """Detector arrays of a key, made when first needed."""
+    number = _job.keys.index(key)
+    return detector_tables(_job.experiments[number], _job.settings)
+
+
+def _blocks_of_task(
+    blocks: Sequence[Block], totals: dict[str, float]
+) -> Iterator[np.ndarray]:
+    """The observations of each block; adds their number to the totals."""
+    accumulator = ext.Accumulator(_job.grid.half_size, _job.n_threads)
+    for block in blocks:
+        rows = accumulate_block(
+            block,
+            _job.experiments[block.experiment],
+            _tables(_job.keys[block.experiment]),
+            accumulator,
+            _job.grid,
+            _job.settings,
+        )
+        totals["images"] += len(block)
+        totals["pixels"] += int(rows["n_pixels"].sum())
+        totals["counts"] += float(rows["counts"].sum())
+        yield rows
+
+
+def _run_task(first: int, last: int) -> TaskResult:
+    """Process the blocks first..last-1 of the job."""
+    totals = {"images": 0, "pixels": 0, "counts": 0.0}
+    rows = _blocks_of_task(_job.blocks[first:last], totals)
+    paths = write_runs(rows, _job.folder, f"run_{first:08d}")
+    return TaskResult(paths, totals["images"], totals["pixels"], totals["counts"])
+
+
+def cut_into_tasks(blocks: Sequence[Block], nproc: int) -> list[tuple[int, int]]:
+    """Ranges of blocks with about equal numbers of images, a few for each process."""
+    n_images = np.concatenate([[0], np.cumsum([len(block) for block in blocks])])
+    n_tasks = min(len(blocks), 16 * nproc)
+    targets = np.arange(n_tasks + 1) * n_images[-1] / n_tasks
+    cuts = np.unique(np.searchsorted(n_images, targets))
+    return list(zip(map(int, cuts[:-1]), map(int, cuts[1:])))
+
+
+def _results(tasks: list[tuple[int, int]], nproc: int) -> Iterator[TaskResult]:
+    """Results of the tasks, in their order."""
+    if nproc == 1:
+        for task in tasks:
+            yield _run_task(*task)
+        return
+    # fork hands over the open experiments and the detector arrays without a copy
+    context = multiprocessing.get_context("fork")
+    with concurrent.futures.ProcessPoolExecutor(nproc, mp_context=context) as pool:
+        futures = [pool.submit(_run_task, *task) for task in tasks]
+        try:
+            for future in futures:
+                yield future.result()
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+
+
+def _run_tasks(job: Job, n_processes: int) -> list[TaskResult]:
+    """Run a job; the tables that its first images need are made before the fork."""
+    global _job
+    _job = job
+    _tables.cache_clear()
+    tasks = cut_into_tasks(job.blocks, n_processes)
+    try:
+        _tables(job.keys[job.blocks[0].experiment])
+        with progress(
+            total=sum(map(len, job.blocks)), desc="Extracting", unit=" images"
+        ) as bar:
+            results = []
+            for result in _results(tasks, n_processes):
+                bar.update(result.n_images)
+                results.append(result)
+        return results
+    except concurrent.futures.process.BrokenProcessPool:
+        raise ValueError(
+            "A worker process was ended from outside, perhaps for want of memory: use "
+            "a smaller mp.nproc"
+        ) from None
+    finally:
+        _job = None
+        _tables.cache_clear()
+
+
+def extract(
+    experiments: ExperimentList,
+    grid: Grid,
+    settings: ExtractionSettings,
+    path: str | os.PathLike,
+    phil: str = "",
+    inputs: list[str] | None = None,
+) -> int:
+    """Extract voxel observations from images to a file.
+
+    Args:
+        experiments: Experiments with images and crystals.
+        grid: The voxel grid.
+        settings: The settings.
+        path: The file to write; see ``dials_diffuse.io.observations``. Pass the path
+            of ``atomic_path``: sorted parts are kept in a folder beside it meanwhile.
+        phil: The PHIL parameters, for the record.
+        inputs: Names of the input files, for the record.
+
+    Returns:
+        The number of observations.
+
+    Raises:
+        ValueError: An image cannot be read, or no pixel is left.
+    """
+    blocks = make_blocks(experiments, settings.block_width)
+    n_processes = min(settings.nproc, len(blocks))
+    path = Path(path)
+    with tempfile.TemporaryDirectory(
+        prefix=f"{path.name}.", suffix=".runs", dir=path.parent
+    ) as folder:
+        job = Job(
+            experiments=experiments,
+            keys=tuple(table_key(experiment) for experiment in experiments),
+            blocks=tuple(blocks),
+            grid=grid,
+            settings=settings,
+            folder=Path(folder),
+            n_threads=max(1, settings.nproc // n_processes),
+        )
+        results = _run_tasks(job, n_processes)
+        identifiers = {i: e.identifier for i, e in enumerate(experiments)}
+        with ObservationWriter(path, grid, identifiers, phil, inputs) as writer:
+            merge_runs([p for result in results for p in result.paths], grid, writer)
+    _report(results, len(blocks), writer.n_rows)
+    if writer.n_rows == 0:
+        raise ValueError(
+            "No pixel is left: check the mask, the trusted range and the resolution "
+            "limits"
+        )
+    return writer.n_rows
+
+
+def _report(results: Sequence[TaskResult], n_blocks: int, n_rows: int) -> None:
+    """Log what was done."""
+    n_pixels = sum(result.n_pixels for result in results)
+    logger.info(
+        "%d images in %d blocks: %d pixels used, %.0f photons, %.4g per pixel",
+        sum(result.n_images for result in results),
+        n_blocks,
+        n_pixels,
+        sum(result.counts for result in results),
+        sum(result.counts for result in results) / max(n_pixels, 1),
+    )
+    logger.info(
+        "%d observations of voxels, %.1f pixels each", n_rows, n_pixels / max(n_rows, 1)
+    )

@@ -1,0 +1,103 @@
+"""What extraction tells the user before it starts: grid, crystals, geometry."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+
+from dials.array_family import flex
+from dials.util import tabulate
+from dxtbx import flumpy
+from dxtbx.model.experiment_list import ExperimentList
+
+from dials_diffuse.extraction.reference import crystal_spread
+from dials_diffuse.geometry.validation import index_residuals
+from dials_diffuse.grid import Grid
+
+logger = logging.getLogger("dials.diffuse.extract")
+
+# An indexed spot farther than this from its Bragg position, in fractional indices, is
+# not the spot of that index.
+MAX_RESIDUAL = 0.3
+# Crystals that differ by more than half a voxel blur each other's map.
+MAX_SPREAD = 0.5
+
+
+def log_grid(grid: Grid) -> None:
+    """Log the voxel grid."""
+    logger.info(
+        "Grid: cell %s, Laue group %s, %d x %d x %d voxels per reciprocal cell, "
+        "%.3f to %s A, box of %d x %d x %d voxels",
+        grid.cell,
+        grid.laue_group.info(),
+        *grid.ndiv,
+        grid.d_min,
+        f"{grid.d_max:.3f}" if grid.d_max else "infinity",
+        *grid.shape,
+    )
+
+
+def log_crystals(experiments: ExperimentList, grid: Grid) -> None:
+    """Log how far the crystals are from the reference cell; warn if it is too far."""
+    rms = crystal_spread([e.crystal for e in experiments], grid).rms
+    voxels = rms * max(grid.ndiv)
+    logger.info(
+        "Cells against the reference cell at %.2f A: rms difference in hkl %.4f (mean), "
+        "%.4f (largest), that is %.2f and %.2f voxels",
+        grid.d_min,
+        rms.mean(),
+        rms.max(),
+        voxels.mean(),
+        voxels.max(),
+    )
+    far = int(np.count_nonzero(voxels > MAX_SPREAD))
+    if far:
+        logger.warning(
+            "Warning: the cells of %d of %d crystals differ from the reference cell by "
+            "more than %.1f voxel at %.2f A (largest: %.2f, experiment %d). Their voxels "
+            "lie at other scattering vectors; leave them out, or use a larger d_min or a "
+            "smaller ndiv",
+            far,
+            len(voxels),
+            MAX_SPREAD,
+            grid.d_min,
+            voxels.max(),
+            int(voxels.argmax()),
+        )
+
+
+def log_geometry(experiments: ExperimentList, reflections: flex.reflection_table) -> None:
+    """Log where indexed spots fall; warn if they are not at their Bragg positions."""
+    ids = flumpy.to_numpy(reflections["id"])
+    rows, bad = [], []
+    for number, experiment in enumerate(experiments):
+        selected = reflections.select(flumpy.from_numpy(ids == number))
+        if len(selected) == 0:
+            continue
+        residuals = index_residuals(experiment, selected)
+        distance = np.sqrt(np.sum(residuals**2, axis=1))
+        rms = float(np.sqrt(np.mean(distance**2)))
+        rows.append((number, len(selected), rms, float(distance.max())))
+        if rms > MAX_RESIDUAL:
+            bad.append(number)
+    if not rows:
+        logger.warning("Warning: no indexed reflection belongs to the experiments")
+        return
+    logger.info(
+        "Indexed spots against their Bragg positions, |delta hkl|: %d spots, rms %.3f",
+        sum(row[1] for row in rows),
+        np.sqrt(np.average([row[2] ** 2 for row in rows], weights=[r[1] for r in rows])),
+    )
+    header = ("experiment", "spots", "rms |delta hkl|", "largest")
+    logger.debug(tabulate(rows, header, floatfmt=".3f"))
+    if bad:
+        logger.warning(
+            "Warning: the spots of %d of %d experiments (%s%s) are farther than %.1f "
+            "from their Bragg positions: the models do not describe these images",
+            len(bad),
+            len(rows),
+            ", ".join(map(str, bad[:5])),
+            ", ..." if len(bad) > 5 else "",
+            MAX_RESIDUAL,
+        )

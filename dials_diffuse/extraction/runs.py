@@ -1,0 +1,123 @@
+"""Sorting the observations of all blocks by voxel, in bounded memory.
+
+Workers write *runs*: files of observations sorted by voxel, each of a range of
+consecutive blocks. At the end the grid is cut into slabs of about equal numbers of
+rows; the parts of all runs that fall into a slab are joined in the order of the blocks,
+sorted (stably, so that rows of a voxel keep that order) and appended to the table. The
+result does not depend on how the blocks were dealt out.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from dials_diffuse.extraction.loop import SUMS
+from dials_diffuse.grid import Grid
+from dials_diffuse.io.observations import ObservationWriter
+
+RUN_ROWS = 2_000_000  # 112 MB
+SLAB_ROWS = 1_000_000
+SAMPLE = 997  # every so many rows, a key that says how the rows are distributed
+
+
+def write_runs(blocks: Iterable[np.ndarray], folder: Path, name: str) -> list[Path]:
+    """Write the observations of consecutive blocks as sorted runs.
+
+    Args:
+        blocks: Arrays of dtype ``SUMS``, in the order of the blocks.
+        folder: Where to write.
+        name: Stem of the files, sorting in the order of the blocks.
+
+    Returns:
+        The files, in the order of the blocks.
+    """
+    paths: list[Path] = []
+    held: list[np.ndarray] = []
+
+    def write() -> None:
+        rows = np.concatenate(held)
+        path = folder / f"{name}_{len(paths):06d}.npy"
+        np.save(path, rows[np.argsort(rows["key"], kind="stable")])
+        paths.append(path)
+        held.clear()
+
+    for rows in blocks:
+        held.append(rows)
+        if sum(map(len, held)) >= RUN_ROWS:
+            write()
+    if any(map(len, held)):
+        write()
+    return paths
+
+
+def slab_limits(runs: Sequence[np.ndarray], max_rows: int) -> list[int]:
+    """Voxel keys that cut all rows into slabs of about ``max_rows`` rows.
+
+    Returns:
+        Increasing keys; slab i holds the keys from element i up to element i + 1.
+    """
+    n_rows = sum(map(len, runs))
+    sample = np.sort(np.concatenate([run["key"][::SAMPLE] for run in runs]))
+    n_slabs = max(1, math.ceil(n_rows / max_rows))
+    inner = sample[np.arange(1, n_slabs) * len(sample) // n_slabs]
+    return [0, *map(int, np.unique(inner[inner > 0])), int(np.iinfo(np.int32).max)]
+
+
+def sorted_slabs(
+    paths: Sequence[Path], max_rows: int = SLAB_ROWS
+) -> Iterator[np.ndarray]:
+    """The rows of all runs, sorted by voxel, in slabs of whole voxels."""
+    runs = [np.load(path, mmap_mode="r") for path in paths]
+    limits = slab_limits(runs, max_rows)
+    starts = [0] * len(runs)
+    for limit in limits[1:]:
+        stops = [int(np.searchsorted(run["key"], limit)) for run in runs]
+        slab = np.concatenate(
+            [run[start:stop] for run, start, stop in zip(runs, starts, stops)]
+        )
+        starts = stops
+        if len(slab):
+            yield slab[np.argsort(slab["key"], kind="stable")]
+
+
+def observation_columns(rows: np.ndarray, grid: Grid) -> dict[str, np.ndarray]:
+    """The columns of the reflection table of some rows of sums.
+
+    Args:
+        rows: Array of dtype ``SUMS``, sorted by voxel.
+        grid: The voxel grid.
+    """
+    voxels, voxel_of_row = np.unique(rows["key"], return_inverse=True)
+    index = grid.index(voxels)
+    s = grid.s(index)
+    d = np.divide(1.0, s, out=np.zeros_like(s), where=s > 0)
+    zero = np.zeros(len(rows))
+    centroid = [rows[axis] / rows["n_pixels"] for axis in "xyz"]
+    return {
+        "miller_index": index[voxel_of_row],
+        "id": rows["id"],
+        "panel": rows["panel"].astype(np.uint64),
+        "counts": rows["counts"],
+        "background.sum.value": zero,
+        "background.sum.variance": zero,
+        "normalisation": rows["normalisation"],
+        "num_pixels.valid": rows["n_pixels"],
+        "xyzobs.px.value": np.stack(centroid, axis=-1),
+        "d": d[voxel_of_row],
+        "flags": zero.astype(np.uint64),
+    }
+
+
+def merge_runs(paths: Sequence[Path], grid: Grid, writer: ObservationWriter) -> None:
+    """Append the observations of all runs, sorted by voxel, to a table."""
+    if not paths:
+        return
+    for slab in sorted_slabs(paths):
+        writer.append(observation_columns(slab, grid))
+
+
+__all__ = ["SUMS", "merge_runs", "observation_columns", "sorted_slabs", "write_runs"]

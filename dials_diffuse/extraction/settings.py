@@ -1,0 +1,165 @@
+"""The settings of extraction, checked once, built from the PHIL parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from cctbx import uctbx
+from dials.util.mp import available_cores
+
+
+@dataclasses.dataclass(frozen=True)
+class CorrectionSettings:
+    """Which factors make up the normalisation, and what they need to know."""
+
+    polarization: bool = True
+    solid_angle: bool = True
+    efficiency: bool = True
+    path: str = "air"
+    temperature: float = 293.15
+    pressure: float = 101325.0
+    exposure: bool = True
+    polarization_fraction: float | None = None
+    polarization_normal: tuple[float, float, float] | None = None
+
+    def __post_init__(self) -> None:
+        normal = self.polarization_normal
+        if normal is not None and not np.linalg.norm(normal) > 0:
+            raise ValueError("polarization_normal must not have zero length")
+
+
+@dataclasses.dataclass(frozen=True)
+class BraggSettings:
+    """The ellipsoid about the Bragg positions whose pixels are left out."""
+
+    exclusion: str = "ellipsoid"
+    semi_axes: tuple[float, float, float] = (0.25, 0.25, 0.25)
+    unit: str = "hkl"
+
+    def __post_init__(self) -> None:
+        if self.exclusion != "none" and min(self.semi_axes) <= 0:
+            raise ValueError(
+                "bragg.semi_axes must be positive: use bragg.exclusion=none to keep "
+                "all pixels"
+            )
+
+    def metric(self, cell: uctbx.unit_cell) -> tuple[float, ...] | None:
+        """Symmetric matrix g of the ellipsoid g(dh, dh) < 1 in fractional indices.
+
+        In 1/Å and with one radius r the matrix is the reciprocal metric tensor / r²,
+        a sphere for any cell; otherwise the semi-axes lie along a*, b*, c*.
+
+        Args:
+            cell: Cell of the crystal.
+
+        Returns:
+            g11, g22, g33, g12, g13, g23, or None to exclude nothing.
+        """
+        if self.exclusion == "none":
+            return None
+        axes = np.array(self.semi_axes)
+        if self.unit == "hkl":
+            return (*(1 / axes**2), 0.0, 0.0, 0.0)
+        reciprocal = np.array(cell.reciprocal().metrical_matrix())
+        if np.all(axes == axes[0]):
+            return tuple(reciprocal / axes[0] ** 2)
+        return (*(reciprocal[:3] / axes**2), 0.0, 0.0, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtractionSettings:
+    """Everything that decides what ``extract`` makes of a set of experiments.
+
+    Attributes:
+        ndiv: Voxels per reciprocal lattice vector.
+        d_min, d_max: Resolution limits in Å; None for the detector's, and for none.
+        reference_cell: ``mean``, ``first`` or ``given``.
+        unit_cell: The reference cell if it is given.
+        block_width: Degrees of rotation that make one observation per voxel.
+        mask: Mask of each panel, True for good pixels, or None.
+        gain: Detector units per photon, or None for the panels' own.
+        trusted_range: Smallest and largest value to use, or None for the panels' own.
+        nproc: Number of processes.
+    """
+
+    ndiv: tuple[int, int, int] = (2, 2, 2)
+    d_min: float | None = None
+    d_max: float | None = None
+    reference_cell: str = "mean"
+    unit_cell: tuple[float, ...] | None = None
+    block_width: float = 1.0
+    bragg: BraggSettings = BraggSettings()
+    corrections: CorrectionSettings = CorrectionSettings()
+    mask: tuple[np.ndarray, ...] | None = None
+    gain: float | None = None
+    trusted_range: tuple[float, float] | None = None
+    nproc: int = 1
+
+    def __post_init__(self) -> None:
+        if self.reference_cell == "given" and self.unit_cell is None:
+            raise ValueError("reference_cell=given needs unit_cell=a,b,c,al,be,ga")
+        if self.unit_cell is not None and self.reference_cell != "given":
+            raise ValueError("unit_cell is used only with reference_cell=given")
+        low, high = self.trusted_range or (0, 1)
+        if not low < high:
+            raise ValueError("trusted_range needs the smaller value first")
+
+    @classmethod
+    def from_phil(
+        cls, params: Any, mask: tuple[np.ndarray, ...] | None = None
+    ) -> ExtractionSettings:
+        """Settings of the extracted PHIL parameters of ``phil/extract.phil``."""
+        c = params.corrections
+        normal = c.polarization_normal
+        cell = params.grid.unit_cell
+        return cls(
+            ndiv=three_of("grid.ndiv", params.grid.ndiv),
+            d_min=params.grid.d_min,
+            d_max=params.grid.d_max,
+            reference_cell=params.grid.reference_cell,
+            unit_cell=cell.parameters() if cell else None,
+            block_width=params.block_width,
+            bragg=BraggSettings(
+                exclusion=params.bragg.exclusion,
+                semi_axes=three_of("bragg.semi_axes", params.bragg.semi_axes),
+                unit=params.bragg.unit,
+            ),
+            corrections=CorrectionSettings(
+                polarization=c.polarization,
+                solid_angle=c.solid_angle,
+                efficiency=c.efficiency,
+                path=c.path,
+                temperature=c.temperature,
+                pressure=c.pressure,
+                exposure=c.exposure,
+                polarization_fraction=c.polarization_fraction,
+                polarization_normal=tuple(normal) if normal else None,
+            ),
+            mask=mask,
+            gain=params.gain,
+            trusted_range=(
+                tuple(params.trusted_range) if params.trusted_range else None
+            ),
+            nproc=processes(params.mp.nproc),
+        )
+
+
+def processes(nproc: Any) -> int:
+    """The number of processes that ``mp.nproc`` asks for; Auto is all processors."""
+    return nproc if isinstance(nproc, int) else available_cores()
+
+
+def three_of(name: str, values: list | None) -> tuple:
+    """Three values of a parameter for which one may stand for all.
+
+    Raises:
+        ValueError: There are two values, or none.
+    """
+    if values is not None and len(values) == 1:
+        return tuple(values) * 3
+    if values is None or len(values) != 3:
+        raise ValueError(f"{name} takes one number or three")
+    return tuple(values)

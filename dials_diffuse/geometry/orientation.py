@@ -1,0 +1,99 @@
+"""Orientation of the crystal and the beam at one image.
+
+Rotation data: rlp = S R(phi) F A h, with the setting rotation S, the rotation R by phi
+about the datum axis and the fixed rotation F of the goniometer. A, s0, S come from the
+scan-varying models at the middle of the image itself, never from an average over the
+scan. Stills: rlp = A h, as in DIALS' stills predictors; goniometer and scan say nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from dxtbx.model import Crystal, Experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class FrameModel:
+    """Setting matrix and beam of one image.
+
+    Attributes:
+        setting: S R F A, shape (3, 3), Å⁻¹, laboratory frame.
+        s0: Incident beam vector, Å⁻¹, laboratory frame.
+        z: Centre of the image as array index + 1/2.
+        exposure: Exposure time, s; 1 where the image does not say.
+    """
+
+    setting: np.ndarray
+    s0: np.ndarray
+    z: float
+    exposure: float
+
+
+def _midpoint(scan_points: int, at_scan_point, static, i: int) -> np.ndarray:
+    """A model's value at the middle of image i, between scan points i and i + 1."""
+    if scan_points == 0:
+        return np.array(static(), dtype=float)
+    if scan_points < i + 2:
+        raise ValueError(
+            f"a scan-varying model has {scan_points} scan points, too few for image "
+            f"{i + 1} of the scan: refine with the images that are to be extracted"
+        )
+    # neighbouring scan points differ so little that the mean of the two is exact to
+    # second order in their difference
+    return 0.5 * (np.array(at_scan_point(i)) + np.array(at_scan_point(i + 1)))
+
+
+def crystal_setting(crystal: Crystal, i: int) -> np.ndarray:
+    """A = U B at the middle of image i of the scan, shape (3, 3), Å⁻¹."""
+    a = _midpoint(crystal.num_scan_points, crystal.get_A_at_scan_point, crystal.get_A, i)
+    return a.reshape(3, 3)
+
+
+def frame_model(experiment: Experiment, array_index: int) -> FrameModel:
+    """The models of an experiment at one image.
+
+    Args:
+        experiment: The experiment; needs a crystal.
+        array_index: Array index of the image in the scan; ignored for a still without
+            a scan.
+
+    Raises:
+        ValueError: A scan-varying model does not reach as far as the image.
+    """
+    beam, scan = experiment.beam, experiment.scan
+    first = scan.get_array_range()[0] if scan else array_index
+    i = array_index - first
+    s0 = _midpoint(beam.num_scan_points, beam.get_s0_at_scan_point, beam.get_s0, i)
+    setting = crystal_setting(experiment.crystal, i)
+    if not experiment.is_still():
+        setting = goniometer_rotation(experiment, array_index) @ setting
+    return FrameModel(setting, s0, array_index + 0.5, exposure_time(experiment, i))
+
+
+def goniometer_rotation(experiment: Experiment, array_index: int) -> np.ndarray:
+    """S R(phi) F at the middle of an image, shape (3, 3)."""
+    goniometer, scan = experiment.goniometer, experiment.scan
+    i = array_index - scan.get_array_range()[0]
+    setting = _midpoint(
+        goniometer.num_scan_points,
+        goniometer.get_setting_rotation_at_scan_point,
+        goniometer.get_setting_rotation,
+        i,
+    ).reshape(3, 3)
+    fixed = np.array(goniometer.get_fixed_rotation()).reshape(3, 3)
+    axis = np.array(goniometer.get_rotation_axis_datum())
+    phi = scan.get_angle_from_array_index(array_index + 0.5, deg=False)
+    return setting @ Rotation.from_rotvec(phi * axis).as_matrix() @ fixed
+
+
+def exposure_time(experiment: Experiment, i: int) -> float:
+    """Exposure of image i of the scan in s, or 1 where it is not known."""
+    if experiment.scan is None:
+        return 1.0
+    times = experiment.scan.get_exposure_times()
+    time = times[min(i, len(times) - 1)] if len(times) else 0.0
+    return float(time) if time > 0 else 1.0

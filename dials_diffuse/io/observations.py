@@ -1,0 +1,267 @@
+"""Voxel observations on disk: ``extracted.refl`` and ``scaled.refl``.
+
+An ordinary DIALS reflection table in the HDF5 layout that DIALS 3.30 reads itself,
+``/dials/processing/group_0/<column>``: one row for each voxel seen on one block of
+images on one panel. Rows are sorted by voxel (h slowest, l fastest), then by experiment
+and frame. Beside it, outside ``/dials``, stand the grid and an NXprocess record in
+``/dials_diffuse``, and a slab index, so that later stages read the table in slabs that
+never cut a voxel in two and never load the whole of it.
+
+DIALS aborts on other column types than those of ``COLUMNS``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+from typing import Iterator, Mapping
+
+import h5py
+import numpy as np
+
+import dials_diffuse
+from dials_diffuse.grid import Grid
+
+SCHEMA = 1
+GROUP = "dials/processing/group_0"
+ROOT = "dials_diffuse"
+CHUNK_ROWS = 1 << 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """Type, number of components, unit and meaning of a column."""
+
+    dtype: str
+    width: int
+    units: str
+    meaning: str
+
+
+COLUMNS: dict[str, Column] = {
+    "miller_index": Column("int32", 3, "", "voxel index h*ndiv"),
+    "id": Column("int32", 1, "", "number of the experiment"),
+    "panel": Column("uint64", 1, "", "number of the panel"),
+    "counts": Column("float64", 1, "photons", "sum of (value - pedestal) / gain"),
+    "background.sum.value": Column("float64", 1, "photons", "sum of the background"),
+    "background.sum.variance": Column(
+        "float64", 1, "photons^2", "variance of the background sum"
+    ),
+    "normalisation": Column(
+        "float64",
+        1,
+        "s.sr",
+        "sum of exposure x polarization x solid angle x efficiency x air transmission",
+    ),
+    "num_pixels.valid": Column("int32", 1, "", "number of pixels"),
+    "xyzobs.px.value": Column(
+        "float64", 3, "px, px, images", "mean x, y and frame of the pixels"
+    ),
+    "d": Column("float64", 1, "angstrom", "d-spacing of the voxel centre"),
+    "flags": Column("uint64", 1, "", "DIALS reflection flags"),
+}
+
+
+class ObservationWriter:
+    """Writes observations, sorted by voxel, block by block.
+
+    Args:
+        path: File to make; pass the path of ``atomic_path``.
+        grid: The voxel grid.
+        identifiers: Experiment identifier of each experiment number.
+        phil: The PHIL parameters that made the observations, as text.
+        inputs: Names of the files that they were made from.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        grid: Grid,
+        identifiers: Mapping[int, str],
+        phil: str = "",
+        inputs: list[str] | None = None,
+    ) -> None:
+        self.grid = grid
+        self.n_rows = 0
+        self._last_key = -1
+        self._slab_starts: list[int] = []
+        self._file = h5py.File(path, "w")
+        self._group = self._file.create_group(GROUP)
+        self._group.attrs["identifiers"] = list(identifiers.values())
+        self._group.attrs["experiment_ids"] = np.array(
+            list(identifiers), dtype=np.uint64
+        )
+        for name, column in COLUMNS.items():
+            shape = (0,) if column.width == 1 else (0, column.width)
+            dataset = self._group.create_dataset(
+                name,
+                shape=shape,
+                maxshape=(None, *shape[1:]),
+                chunks=(CHUNK_ROWS, *shape[1:]),
+                dtype=column.dtype,
+            )
+            dataset.attrs["units"] = column.units
+            dataset.attrs["long_name"] = column.meaning
+        write_provenance(self._file, "dials.diffuse_extract", phil, inputs or [])
+        write_grid(self._file[ROOT], grid)
+
+    def append(self, columns: Mapping[str, np.ndarray]) -> None:
+        """Append rows: all of ``COLUMNS``, sorted, beyond the voxels written so far.
+
+        Raises:
+            ValueError: A column is missing, or the rows are out of order.
+        """
+        missing = set(COLUMNS) - set(columns)
+        if missing:
+            raise ValueError(f"missing columns: {', '.join(sorted(missing))}")
+        n = len(columns["id"])
+        if n == 0:
+            return
+        key = self.grid.key(columns["miller_index"])
+        if key[0] <= self._last_key or np.any(np.diff(key) < 0):
+            raise ValueError("observations must be appended in the order of the voxels")
+        self._last_key = int(key[-1])
+        self._slab_starts.append(self.n_rows)
+        for name in COLUMNS:
+            dataset = self._group[name]
+            dataset.resize(self.n_rows + n, axis=0)
+            dataset[self.n_rows :] = columns[name]
+        self.n_rows += n
+
+    def close(self) -> None:
+        """Write the slab index and close the file."""
+        starts = np.array([*self._slab_starts, self.n_rows], dtype=np.int64)
+        self._file[ROOT].create_dataset("slab_start", data=starts)
+        self._group.attrs["num_reflections"] = self.n_rows
+        self._file.close()
+
+    def __enter__(self) -> ObservationWriter:
+        return self
+
+    def __exit__(self, exc_type: type | None, *args: object) -> None:
+        if exc_type is None:
+            self.close()
+        else:
+            self._file.close()
+
+
+class ObservationFile:
+    """Reads observations in slabs of whole voxels.
+
+    Raises:
+        ValueError: The file is not an observation file of a known schema.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = os.fspath(path)
+        try:
+            self._file = h5py.File(path, "r")
+        except FileNotFoundError:
+            raise ValueError(f"{path} does not exist") from None
+        except OSError:
+            raise ValueError(
+                f"{path} is not a file of dials.diffuse_extract: it is not HDF5"
+            ) from None
+        root = self._file.get(ROOT)
+        if root is None or GROUP not in self._file:
+            self._file.close()
+            raise ValueError(
+                f"{path} has no diffuse observations: give the output of "
+                "dials.diffuse_extract"
+            )
+        if root.attrs["schema"] > SCHEMA:
+            self._file.close()
+            raise ValueError(
+                f"{path} has schema {root.attrs['schema']}, this version reads up to "
+                f"{SCHEMA}: use a newer dials_diffuse"
+            )
+        self._group = self._file[GROUP]
+        self.grid = read_grid(root)
+        self.identifiers: dict[int, str] = dict(
+            zip(
+                map(int, self._group.attrs["experiment_ids"]),
+                map(str, self._group.attrs["identifiers"]),
+            )
+        )
+        self.columns: tuple[str, ...] = tuple(self._group)
+        self.n_rows: int = len(self._group["id"])
+
+    def slabs(self, max_rows: int = 2_000_000) -> Iterator[tuple[int, int]]:
+        """Row ranges of whole voxels with about ``max_rows`` rows at the most.
+
+        Neighbouring slabs are joined as long as they fit; a single slab of the file is
+        never cut.
+        """
+        starts = self._file[ROOT]["slab_start"][()]
+        begin = 0
+        for stop, following in zip(starts[1:], [*starts[2:], None]):
+            if following is None or following - begin > max_rows:
+                if stop > begin:
+                    yield int(begin), int(stop)
+                begin = stop
+
+    def read(self, start: int, stop: int, names: list[str]) -> dict[str, np.ndarray]:
+        """Some columns of the rows from ``start`` up to ``stop``.
+
+        Raises:
+            ValueError: The file has no such column.
+        """
+        missing = [name for name in names if name not in self._group]
+        if missing:
+            raise ValueError(f"{self.path} has no column {', '.join(missing)}")
+        return {name: self._group[name][start:stop] for name in names}
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> ObservationFile:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.close()
+
+
+def write_grid(group: h5py.Group, grid: Grid) -> None:
+    """Store a grid as attributes of ``group/grid``."""
+    target = group.create_group("grid")
+    target.attrs["unit_cell"] = grid.unit_cell
+    target.attrs["ndiv"] = grid.ndiv
+    target.attrs["space_group"] = grid.space_group
+    target.attrs["d_min"] = grid.d_min
+    if grid.d_max is not None:
+        target.attrs["d_max"] = grid.d_max
+    target.attrs["units"] = json.dumps(
+        {"unit_cell": "angstrom, degree", "d_min": "angstrom", "d_max": "angstrom"}
+    )
+
+
+def read_grid(group: h5py.Group) -> Grid:
+    """The grid that ``write_grid`` stored."""
+    attrs = group["grid"].attrs
+    return Grid(
+        unit_cell=tuple(map(float, attrs["unit_cell"])),
+        ndiv=tuple(map(int, attrs["ndiv"])),
+        space_group=str(attrs["space_group"]),
+        d_min=float(attrs["d_min"]),
+        d_max=float(attrs["d_max"]) if "d_max" in attrs else None,
+    )
+
+
+def write_provenance(
+    handle: h5py.File, program: str, phil: str, inputs: list[str]
+) -> None:
+    """Record in ``/dials_diffuse`` what made a file, as a NeXus NXprocess."""
+    root = handle.require_group(ROOT)
+    root.attrs["NX_class"] = "NXprocess"
+    root.attrs["schema"] = SCHEMA
+    now = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
+    for name, value in {
+        "program": program,
+        "version": dials_diffuse.__version__,
+        "date": now.isoformat(),
+        "phil": phil,
+        "inputs": json.dumps(inputs),
+    }.items():
+        root.create_dataset(name, data=value)

@@ -1,0 +1,71 @@
+"""Files that appear under their final name only when they are complete."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import tempfile
+from pathlib import Path
+from typing import Iterator
+
+
+@contextlib.contextmanager
+def atomic_path(final: str | os.PathLike) -> Iterator[Path]:
+    """A temporary path in the same folder, renamed to ``final`` if the block succeeds.
+
+    Yields:
+        The path to write. It is removed if the block raises.
+
+    Raises:
+        ValueError: The folder cannot be written to, or the disk is full.
+    """
+    final = Path(final)
+    try:
+        handle, name = tempfile.mkstemp(
+            # writers of dxtbx choose the format by the suffix
+            prefix=f".{final.stem}.part.",
+            suffix=final.suffix,
+            dir=final.parent,
+        )
+    except OSError as e:
+        raise ValueError(f"Cannot write {final}: {e.strerror}") from None
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes private files; give this one the permissions of any other
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        os.replace(temporary, final)
+    except Exception as e:
+        if is_disk_full(e):
+            raise ValueError(disk_full_message(final)) from e
+        raise
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an exception of the system, h5py or one of their causes says so.
+
+    h5py raises OSError or RuntimeError and gives the reason in the text only.
+    """
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError) and error.errno in full:
+        return True
+    text = str(error)
+    if any(os.strerror(code) in text for code in full):
+        return True
+    cause = error.__cause__ or error.__context__
+    return cause is not None and is_disk_full(cause)
+
+
+def disk_full_message(path: str | os.PathLike) -> str:
+    """What to tell the user when ``path`` could not be written for want of space."""
+    return (
+        f"Cannot write {path}: no space left on the device (or over the file size "
+        "limit). Free some space or choose another output folder"
+    )
