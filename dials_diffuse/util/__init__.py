@@ -1,0 +1,3 @@
+"""What several stages need and no stage owns: commands, files, versions of DIALS."""
+
+from __future__ import annotations
