@@ -10,7 +10,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 
-_DISPATCHER = re.compile(r"# LIBTBX_SET_DISPATCHER_NAME (dials\.diffuse_\w+)")
 _VERSION = re.compile(r'^__version__ = "([^"]+)"$', re.MULTILINE)
 
 # What DIALS finds through entry points, by the group in which it looks.
@@ -23,22 +22,20 @@ def version():
 
 
 def commands():
-    """Name of each command and of its module, from line 1 of command_line/diffuse_*.py.
+    """Name of each command and of its module, one for each command_line/diffuse_*.py.
 
     Raises:
-        ValueError: If line 1 of such a file does not set the dispatcher name.
+        ValueError: If line 1 of such a file does not tell libtbx the same name.
     """
     found = {}
     for path in sorted((ROOT / "command_line").glob("diffuse_*.py")):
+        command = f"dials.{path.stem}"
+        expected = f"# LIBTBX_SET_DISPATCHER_NAME {command}"
         with path.open(encoding="utf-8") as source:
             line = source.readline().rstrip()
-        match = _DISPATCHER.fullmatch(line)
-        if match is None:
-            raise ValueError(
-                f"{path}: line 1 is {line!r}; it must be "
-                f"'# LIBTBX_SET_DISPATCHER_NAME dials.{path.stem}'"
-            )
-        found[match[1]] = path.stem
+        if line != expected:
+            raise ValueError(f"{path}: line 1 is {line!r}; it must be {expected!r}")
+        found[command] = path.stem
     return found
 
 

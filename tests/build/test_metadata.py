@@ -59,11 +59,14 @@ def test_every_entry_point_loads(installed):
             assert callable(entry.load()), entry
 
 
-def test_first_line_without_dispatcher_name_is_refused(metadata, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "line", ['"""No such line."""', "# LIBTBX_SET_DISPATCHER_NAME dials.diffuse_y"]
+)
+def test_wrong_dispatcher_name_is_refused(metadata, tmp_path, monkeypatch, line):
     monkeypatch.setattr(metadata, "ROOT", tmp_path)
     (tmp_path / "command_line").mkdir()
-    (tmp_path / "command_line" / "diffuse_x.py").write_text('"""No such line."""\n')
-    with pytest.raises(ValueError, match="must be '# LIBTBX_SET_DISPATCHER_NAME"):
+    (tmp_path / "command_line" / "diffuse_x.py").write_text(line + "\n")
+    with pytest.raises(ValueError, match="must be '# LIBTBX_.* dials.diffuse_x'"):
         metadata.commands()
 
 
