@@ -1,17 +1,9 @@
 """What every dials.diffuse_* command does before and after its one function call.
 
-    phil_scope = load_phil("merge")
-
-    @dials.util.show_mail_handle_errors()
-    def run(args=None, phil=phil_scope):
-        parser = ArgumentParser(usage=usage, phil=phil, epilog=__doc__, ...)
-        try:
-            params, options, files = parse_arguments(parser, args)
-            start_log(params, options)
-            report_changes(parser)
-            ...
-        except ValueError as e:
-            raise Sorry(e) from None
+A command loads its PHIL once (``load_phil``); its run() parses the arguments
+(``parse_arguments``), starts the log (``start_log``), logs the changed parameters
+(``report_changes``), and turns the ValueErrors of all this and of the algorithms into
+``raise Sorry(e) from None``: one clear line and exit status 1.
 """
 
 from __future__ import annotations
@@ -28,10 +20,9 @@ import iotbx.phil
 import libtbx.phil
 
 import dials.util.log
+import dials_diffuse
 from dials.util.options import ArgumentParser
 from dials.util.version import dials_version
-
-import dials_diffuse
 
 logger = logging.getLogger("dials.diffuse.command")
 
@@ -39,9 +30,7 @@ logger = logging.getLogger("dials.diffuse.command")
 def load_phil(name: str) -> libtbx.phil.scope:
     """The PHIL scope of ``phil/<name>.phil``, with the scopes that it includes."""
     source = importlib.resources.files("dials_diffuse.phil") / f"{name}.phil"
-    return iotbx.phil.parse(
-        source.read_text(encoding="utf-8"), process_includes=True
-    )
+    return iotbx.phil.parse(source.read_text(encoding="utf-8"), process_includes=True)
 
 
 def parse_arguments(

@@ -10,7 +10,6 @@ from cctbx.array_family import flex
 from dxtbx import flumpy
 from dxtbx.model import Panel
 
-
 CONVERSION_BLOCK = 1 << 20  # Miller indices
 
 

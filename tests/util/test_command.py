@@ -7,10 +7,9 @@ import pytest
 
 import libtbx.phil
 
+import dials_diffuse
 from dials.util.options import ArgumentParser
 from dials.util.version import dials_version
-
-import dials_diffuse
 from dials_diffuse.util import command
 
 PHIL = """

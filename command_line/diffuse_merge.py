@@ -1,0 +1,205 @@
+# LIBTBX_SET_DISPATCHER_NAME dials.diffuse_merge
+"""
+Merge voxel observations of diffuse scattering by Laue symmetry into one map.
+
+The observations of symmetry-equivalent voxels are added up as sums: the intensity of a
+voxel is the sum of its counts less that of its background, divided by the sum of its
+normalisation. So it is unbiased however few the counts are. A seeded random half of the
+observations makes one half-map and the rest the other; their correlation CC1/2 without
+the isotropic part, the completeness and the multiplicity are given in resolution shells.
+
+Observations of several runs of dials.diffuse_extract can be merged if their grids are
+the same. The map is a NeXus file, which NeXpy, silx and h5web open; its layers hk0, h0l
+and 0kl are drawn in a picture.
+
+Examples::
+
+  dials.diffuse_merge extracted.expt extracted.refl
+
+  dials.diffuse_merge scaled.expt scaled.refl n_shells=10 output.map=crystal.h5
+
+  dials.diffuse_merge 1.expt 1.refl 2.expt 2.refl
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from typing import Any, Sequence
+
+import libtbx.phil
+from dxtbx.model.experiment_list import ExperimentList
+from libtbx.utils import Sorry
+
+import dials.util
+from dials.util.options import ArgumentParser, flatten_experiments
+from dials_diffuse.io.maps import INTENSITY, MapFile, MapWriter
+from dials_diffuse.io.observations import ObservationFile
+from dials_diffuse.merging.merge import MergingSettings, merge
+from dials_diffuse.merging.statistics import MergingStatistics
+from dials_diffuse.report.slices import central_layers, plot_layers
+from dials_diffuse.util.command import (
+    load_phil,
+    parse_arguments,
+    report_changes,
+    start_log,
+)
+from dials_diffuse.util.files import atomic_path
+
+logger = logging.getLogger("dials.diffuse.merge")
+
+phil_scope = load_phil("merge")
+
+
+def check_experiments(
+    experiments: ExperimentList, tables: Sequence[ObservationFile]
+) -> None:
+    """Check that the experiments are those of the observations.
+
+    Raises:
+        ValueError: Observations belong to an experiment that is not in the list.
+    """
+    known = set(experiments.identifiers())
+    for table in tables:
+        missing = [name for name in table.identifiers.values() if name not in known]
+        if missing:
+            raise ValueError(
+                f"{table.path} belongs to other experiments than the experiment list: "
+                f"{len(missing)} of its {len(table.identifiers)} identifiers are not "
+                f"in it, the first is {missing[0]}. Give the .expt and .refl of one "
+                "program run"
+            )
+    used = {name for table in tables for name in table.identifiers.values()}
+    if len(used) < len(known):
+        logger.info(
+            "%d of %d experiments have no observations",
+            len(known) - len(used),
+            len(known),
+        )
+
+
+def log_input(tables: Sequence[ObservationFile]) -> None:
+    """Say what is merged, and on which grid."""
+    for table in tables:
+        logger.info(
+            "%s: %d observations of %d experiments",
+            table.path,
+            table.n_rows,
+            len(table.identifiers),
+        )
+    grid = tables[0].grid
+    logger.info(
+        "Grid: cell %s, Laue group %s, ndiv %s, %s voxels, d_min %g Å",
+        " ".join(f"{x:.2f}" for x in grid.unit_cell),
+        grid.laue_group.info(),
+        ",".join(map(str, grid.ndiv)),
+        " x ".join(map(str, grid.shape)),
+        grid.d_min,
+    )
+
+
+def log_statistics(statistics: MergingStatistics) -> None:
+    """The table of statistics, and the completeness in words."""
+    logger.info("\nMerging statistics in resolution shells:")
+    logger.info(statistics.as_table())
+    overall = statistics.overall
+    logger.info(
+        "Completeness to %.2f Å: %.2f%% (%d of %d unique voxels)\n",
+        overall.d_min,
+        100 * overall.completeness,
+        overall.n_voxels,
+        overall.n_possible,
+    )
+
+
+def write_map(
+    tables: Sequence[ObservationFile], params: Any, phil: str, inputs: Sequence[str]
+) -> MergingStatistics:
+    """Merge the observations into the output file."""
+    identifiers = [name for table in tables for name in table.identifiers.values()]
+    with atomic_path(params.output.map) as path:
+        with MapWriter(path, tables[0].grid, identifiers, phil, inputs) as writer:
+            return merge(tables, MergingSettings.from_phil(params), writer)
+
+
+def write_json(path: str, statistics: MergingStatistics) -> None:
+    """Write the statistics."""
+    with atomic_path(path) as temporary:
+        text = json.dumps(statistics.as_dict(), indent=2, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def write_plot(path: str, map_path: str) -> None:
+    """Draw the central layers of the map."""
+    with MapFile(map_path) as handle:
+        grid = handle.grid
+        layers = central_layers(handle)
+    title = (
+        f"{os.path.basename(map_path)}: Laue group {grid.laue_group.info()}, cell "
+        f"{' '.join(f'{x:.5g}' for x in grid.unit_cell)}, to {grid.d_min:.3g} Å"
+    )
+    figure = plot_layers(layers, grid.d_min, INTENSITY, title)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
+def check_arguments(params: Any, files: Sequence[str]) -> None:
+    """Check that experiments and observations were given.
+
+    Raises:
+        ValueError: Something is missing.
+    """
+    errors = []
+    if not params.input.experiments:
+        errors.append("Please give an experiment list (.expt)")
+    if not files:
+        errors.append(
+            "Please give an observation file (.refl of dials.diffuse_extract)"
+        )
+    if not params.output.map:
+        errors.append("Please give a file name for the map: output.map")
+    if errors:
+        raise ValueError("\n".join(errors))
+
+
+@dials.util.show_mail_handle_errors()
+def run(
+    args: Sequence[str] | None = None, phil: libtbx.phil.scope = phil_scope
+) -> None:
+    """Run dials.diffuse_merge as from the command line."""
+    usage = "dials.diffuse_merge [options] extracted.expt extracted.refl"
+    parser = ArgumentParser(
+        usage=usage,
+        phil=phil,
+        read_experiments=True,
+        check_format=False,
+        epilog=__doc__,
+    )
+    try:
+        params, options, files = parse_arguments(parser, args)
+        start_log(params, options)
+        report_changes(parser)
+        check_arguments(params, files)
+        experiments = flatten_experiments(params.input.experiments)
+        inputs = [item.filename for item in params.input.experiments] + files
+        with contextlib.ExitStack() as stack:
+            tables = [stack.enter_context(ObservationFile(path)) for path in files]
+            log_input(tables)
+            check_experiments(experiments, tables)
+            statistics = write_map(tables, params, parser.phil.as_str(), inputs)
+        log_statistics(statistics)
+        logger.info("Map written to %s", params.output.map)
+        if params.output.json:
+            write_json(params.output.json, statistics)
+            logger.info("Statistics written to %s", params.output.json)
+        if params.output.plot:
+            write_plot(params.output.plot, params.output.map)
+            logger.info("Picture of the layers written to %s", params.output.plot)
+    except ValueError as e:
+        raise Sorry(e) from None
+
+
+if __name__ == "__main__":
+    run()

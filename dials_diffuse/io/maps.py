@@ -1,0 +1,385 @@
+"""Merged maps on disk: ``merged.h5``.
+
+A NeXus file that NeXpy, silx and h5web open at the map without help:
+
+    /entry                 NXentry
+        map                NXdata   intensity, intensity_errors, n_obs on h, k, l
+        half_1, half_2     NXdata   intensity of the two halves
+        shells             NXdata   statistics in resolution shells
+        isotropic          NXdata   mean intensity in shells of 0.01 Å⁻¹
+        asu                NXcollection   the symmetry-unique voxels: the exact data
+        sample             NXsample   reference cell, space group, reciprocal basis
+        experiments        NXcollection   identifiers of the experiments
+        dials_diffuse      NXprocess   grid, program, version, PHIL and inputs
+
+The dense arrays are single precision and fill the bounding box by symmetry; voxels that
+were not observed are NaN. Later stages read the list in ``asu``, which has the sums.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from types import TracebackType
+from typing import Any, Iterator, Mapping, Sequence
+
+import h5py
+import numpy as np
+
+from dials_diffuse.grid import Grid
+from dials_diffuse.io.observations import (
+    ROOT,
+    Column,
+    read_grid,
+    write_grid,
+    write_provenance,
+)
+
+SCHEMA = 1
+ENTRY = "entry"
+INTENSITY = "photons/(s.sr)"
+ASU_CHUNK = 1 << 16
+BOX_CHUNK = 32
+# Fast compression: higher levels take longer and save little on noisy data.
+COMPRESSION = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
+
+SUM_COLUMNS: dict[str, Column] = {
+    "counts": Column("float64", 1, "photons", "sum of the counts N"),
+    "background": Column("float64", 1, "photons", "sum of the background B"),
+    "background_variance": Column("float64", 1, "photons^2", "variance V of B"),
+    "normalisation": Column("float64", 1, "s.sr", "sum of scale x normalisation M"),
+    "n_pixels": Column("int64", 1, "1", "number of pixels"),
+    "n_obs": Column(
+        "int32", 1, "1", "number of observations (voxels seen by one experiment)"
+    ),
+    "intensity": Column("float64", 1, INTENSITY, "(N - B)/M"),
+    "sigma": Column("float64", 1, INTENSITY, "sqrt(N' + V)/M, N' expected counts"),
+}
+
+ASU_COLUMNS: dict[str, Column] = {
+    "index": Column("int32", 3, "1", "voxel index h*ndiv in the asymmetric unit"),
+    "d": Column("float64", 1, "angstrom", "d-spacing of the voxel centre"),
+    **SUM_COLUMNS,
+    **{
+        f"half_{half}/{name}": column
+        for half in (1, 2)
+        for name, column in SUM_COLUMNS.items()
+    },
+}
+
+# Dense arrays: type, value where not observed, unit, meaning.
+BOXES: dict[str, tuple[str, float, str, str]] = {
+    "map/intensity": ("float32", np.nan, INTENSITY, "Diffuse intensity"),
+    "map/intensity_errors": ("float32", np.nan, INTENSITY, "Standard error"),
+    "map/n_obs": ("int32", 0, "1", "Number of observations"),
+    "half_1/intensity": ("float32", np.nan, INTENSITY, "Intensity of half 1"),
+    "half_2/intensity": ("float32", np.nan, INTENSITY, "Intensity of half 2"),
+}
+
+
+class MapWriter:
+    """Writes a merged map: first the list of unique voxels, then what is made of it.
+
+    Args:
+        path: File to make; pass the path of ``atomic_path``.
+        grid: The voxel grid.
+        identifiers: Identifiers of the merged experiments.
+        phil: The PHIL parameters that made the map, as text.
+        inputs: Names of the files that it was made from.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        grid: Grid,
+        identifiers: Sequence[str],
+        phil: str = "",
+        inputs: Sequence[str] = (),
+    ) -> None:
+        self.grid = grid
+        self.n_voxels = 0
+        self._file = h5py.File(path, "w")
+        self._file.attrs["default"] = ENTRY
+        self._file.attrs["NX_class"] = "NXroot"
+        self._entry = _nexus_group(self._file, ENTRY, "NXentry")
+        self._entry.attrs["default"] = "map"
+        self._entry["title"] = "Diffuse scattering map"
+        write_provenance(self._entry, "dials.diffuse_merge", phil, list(inputs))
+        self._entry[ROOT].attrs["schema"] = SCHEMA
+        write_grid(self._entry[ROOT], grid)
+        self._write_sample()
+        experiments = _nexus_group(self._entry, "experiments", "NXcollection")
+        experiments.create_dataset(
+            "identifiers", data=list(identifiers), dtype=h5py.string_dtype()
+        )
+        self._asu = _nexus_group(self._entry, "asu", "NXcollection")
+        for half in ("half_1", "half_2"):
+            _nexus_group(self._asu, half, "NXcollection")
+        for name, column in ASU_COLUMNS.items():
+            _make_column(self._asu, name, column)
+        self._make_box_groups()
+
+    def append(self, columns: Mapping[str, np.ndarray]) -> None:
+        """Append unique voxels to the list, with some of ``ASU_COLUMNS``.
+
+        The columns that are not given are filled with zeros until ``update``.
+        """
+        start = self.n_voxels
+        self.n_voxels += len(columns["index"])
+        for name in ASU_COLUMNS:
+            self._asu[name].resize(self.n_voxels, axis=0)
+        self.update(start, columns)
+
+    def update(self, start: int, columns: Mapping[str, np.ndarray]) -> None:
+        """Write columns of the list from the voxel number ``start`` on."""
+        for name, values in columns.items():
+            self._asu[name][start : start + len(values)] = values
+
+    def blocks(
+        self, names: Sequence[str], max_rows: int = 1 << 20
+    ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """Columns of the list block by block, each with the number of its first row."""
+        for start in range(0, self.n_voxels, max_rows):
+            stop = min(start + max_rows, self.n_voxels)
+            yield start, {name: self._asu[name][start:stop] for name in names}
+
+    def write_box(self, name: str, values: np.ndarray) -> None:
+        """Write one of the dense arrays ``BOXES``, axes h, k, l."""
+        dtype, fill, units, meaning = BOXES[name]
+        dataset = self._entry.create_dataset(
+            name,
+            data=values,
+            dtype=dtype,
+            chunks=tuple(min(BOX_CHUNK, n) for n in values.shape),
+            fillvalue=fill,
+            **COMPRESSION,
+        )
+        _describe(dataset, units, meaning)
+
+    def write_table(
+        self,
+        name: str,
+        signal: str,
+        axis: str,
+        columns: Mapping[str, tuple[np.ndarray, str, str]],
+    ) -> None:
+        """Write a table as an NXdata.
+
+        Args:
+            name: Name of the group.
+            signal: Column to plot.
+            axis: Column to plot it against.
+            columns: Values, unit and meaning of each column.
+        """
+        group = _nexus_group(self._entry, name, "NXdata")
+        group.attrs["signal"] = signal
+        group.attrs["axes"] = [axis]
+        for key, (values, units, meaning) in columns.items():
+            _describe(group.create_dataset(key, data=values), units, meaning)
+
+    def _write_sample(self) -> None:
+        """The cell and the symmetry, in the terms of NXsample."""
+        sample = _nexus_group(self._entry, "sample", "NXsample")
+        cell = self.grid.cell
+        basis = np.array(cell.fractionalization_matrix()).reshape(3, 3).T
+        for name, value, units, meaning in (
+            ("unit_cell_abc", self.grid.unit_cell[:3], "angstrom", "a, b, c"),
+            (
+                "unit_cell_alphabetagamma",
+                self.grid.unit_cell[3:],
+                "degree",
+                "alpha, beta, gamma",
+            ),
+            ("unit_cell_volume", cell.volume(), "angstrom^3", "volume of the cell"),
+            (
+                "reciprocal_basis",
+                basis,
+                "1/angstrom",
+                "a*, b*, c* in the columns; a along x, b in the xy plane",
+            ),
+        ):
+            _describe(sample.create_dataset(name, data=value), units, meaning)
+        sample["space_group"] = self.grid.space_group
+        sample["laue_group"] = str(self.grid.laue_group.info())
+
+    def _make_box_groups(self) -> None:
+        """The NXdata groups of the dense arrays, with their axes."""
+        for name, title in (
+            ("map", "Diffuse scattering map"),
+            ("half_1", "Half 1 of the observations"),
+            ("half_2", "Half 2 of the observations"),
+        ):
+            group = _nexus_group(self._entry, name, "NXdata")
+            group.attrs["signal"] = "intensity"
+            group.attrs["axes"] = ["h", "k", "l"]
+            for i, (axis, values) in enumerate(zip("hkl", self.grid.axes())):
+                group.attrs[f"{axis}_indices"] = i
+                if name == "map":
+                    dataset = group.create_dataset(axis, data=values)
+                    _describe(dataset, "r.l.u.", f"Miller index {axis}")
+                else:
+                    group[axis] = self._entry[f"map/{axis}"]
+            group["title"] = title
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> MapWriter:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class VoxelList:
+    """The symmetry-unique voxels of a merged map.
+
+    Args:
+        grid: The voxel grid.
+        columns: Each of ``ASU_COLUMNS`` that was asked for, shape (n,) or (n, 3).
+    """
+
+    grid: Grid
+    columns: Mapping[str, np.ndarray]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.columns[name]
+
+    def __len__(self) -> int:
+        return len(self.columns["index"])
+
+
+class MapFile:
+    """Reads a merged map.
+
+    Raises:
+        ValueError: The file is not a merged map of a known schema.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = os.fspath(path)
+        try:
+            self._file = h5py.File(path, "r")
+        except FileNotFoundError:
+            raise ValueError(f"{path} does not exist") from None
+        except OSError as e:
+            raise ValueError(f"{path} cannot be read as HDF5: {e}") from None
+        try:
+            self._entry = self._checked_entry()
+        except ValueError:
+            self._file.close()
+            raise
+        self.grid = read_grid(self._entry[ROOT])
+        self.identifiers = [
+            name.decode() for name in self._entry["experiments/identifiers"][()]
+        ]
+        self.n_voxels: int = len(self._entry["asu/index"])
+
+    def _checked_entry(self) -> h5py.Group:
+        """The entry of the file, if it is a map that this version can read."""
+        entry = self._file.get(ENTRY)
+        if entry is None or ROOT not in entry or "asu/index" not in entry:
+            raise ValueError(
+                f"{self.path} is not a merged map: give the output of "
+                "dials.diffuse_merge"
+            )
+        schema = entry[ROOT].attrs["schema"]
+        if schema > SCHEMA:
+            raise ValueError(
+                f"{self.path} has schema {schema}, this version reads up to {SCHEMA}: "
+                "use a newer dials_diffuse"
+            )
+        return entry
+
+    def blocks(
+        self, names: Sequence[str], max_rows: int = 1 << 20
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Columns of the unique voxels, block by block."""
+        for start in range(0, self.n_voxels, max_rows):
+            stop = min(start + max_rows, self.n_voxels)
+            yield {name: self._entry[f"asu/{name}"][start:stop] for name in names}
+
+    def box(self, name: str = "map/intensity") -> np.ndarray:
+        """One of the dense arrays ``BOXES``, axes h, k, l."""
+        return self._entry[name][()]
+
+    def layer(self, name: str, axis: int, value: int = 0) -> np.ndarray:
+        """The layer of a dense array where one index has an integer value.
+
+        Args:
+            name: One of ``BOXES``.
+            axis: 0, 1 or 2 for h, k or l.
+            value: Miller index of the layer.
+
+        Raises:
+            ValueError: The layer lies outside the map.
+        """
+        place = self.grid.half_size[axis] + value * self.grid.ndiv[axis]
+        if not 0 <= place < self.grid.shape[axis]:
+            raise ValueError(
+                f"{self.path} has no layer {'hkl'[axis]}={value}: the map ends at "
+                f"{self.grid.half_size[axis] / self.grid.ndiv[axis]:g}"
+            )
+        selection: list[Any] = [slice(None)] * 3
+        selection[axis] = place
+        return self._entry[name][tuple(selection)]
+
+    def table(self, name: str) -> dict[str, np.ndarray]:
+        """The columns of ``shells`` or ``isotropic``."""
+        return {key: values[()] for key, values in self._entry[name].items()}
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> MapFile:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.close()
+
+
+def read_map(
+    path: str | os.PathLike,
+    names: Sequence[str] = ("index", "d", "intensity", "sigma", "n_obs"),
+) -> VoxelList:
+    """The unique voxels of a merged map, with some of ``ASU_COLUMNS``.
+
+    Raises:
+        ValueError: The file is not a merged map.
+    """
+    with MapFile(path) as handle:
+        columns = next(handle.blocks(names, max(handle.n_voxels, 1)), None)
+        return VoxelList(handle.grid, columns)
+
+
+def _nexus_group(parent: h5py.Group, name: str, nx_class: str) -> h5py.Group:
+    """A new group of a NeXus class."""
+    group = parent.create_group(name)
+    group.attrs["NX_class"] = nx_class
+    return group
+
+
+def _make_column(group: h5py.Group, name: str, column: Column) -> None:
+    """An empty column that can grow."""
+    shape = (0,) if column.width == 1 else (0, column.width)
+    dataset = group.create_dataset(
+        name,
+        shape=shape,
+        maxshape=(None, *shape[1:]),
+        chunks=(ASU_CHUNK, *shape[1:]),
+        dtype=column.dtype,
+        **COMPRESSION,
+    )
+    _describe(dataset, column.units, column.meaning)
+
+
+def _describe(dataset: h5py.Dataset, units: str, meaning: str) -> None:
+    """Say what a dataset holds, and in which unit."""
+    dataset.attrs["units"] = units
+    dataset.attrs["long_name"] = meaning

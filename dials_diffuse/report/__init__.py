@@ -1,0 +1,3 @@
+"""Pictures of the results for the user."""
+
+from __future__ import annotations
