@@ -18,7 +18,8 @@ from cctbx import miller, sgtbx, uctbx
 from dials_diffuse import symmetry
 from dials_diffuse.util.compat import miller_index_to_numpy
 
-# Voxels of the bounding box are numbered with 32-bit integers in the pixel loop.
+# Voxels of the bounding box, padded to multiples of four on each axis, are numbered with
+# 32-bit integers in the pixel loop.
 MAX_VOXELS = 2**31 - 1
 
 # Relative error up to which a voxel centre counts as on a resolution limit.
@@ -58,7 +59,7 @@ class Grid:
                 f"d_max={self.d_max:g} must be greater than d_min={self.d_min:g}"
             )
         symmetry.check_subdivision(self.laue_group, self.ndiv)
-        if math.prod(self.shape) > MAX_VOXELS:
+        if math.prod((n + 3) // 4 * 4 for n in self.shape) > MAX_VOXELS:
             raise ValueError(
                 f"a grid of {' x '.join(map(str, self.shape))} voxels is too large "
                 f"(more than {MAX_VOXELS}): use a smaller ndiv or a larger d_min"

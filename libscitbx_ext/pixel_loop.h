@@ -11,9 +11,9 @@
  * add their value to `value`, their normalisation to `normalisation`, 1 to `n_pixels`,
  * and their position to the sums of x, y and z.
  *
- * Sums are exact, whatever the order of the pixels: integer values, 24-bit weights of
- * similar size and integer coordinates, all summed in double precision. So the result
- * does not depend on the number of threads.
+ * Values, weights and coordinates are integers (weights in units of 2^-30 of the panel's
+ * largest), so their sums are exact in any order and the result does not depend on the
+ * number of threads. Only images of floating-point values are summed with rounding.
  *
  * Free of Python; threads are std::thread. OpenMP must not be used: the stubs in cctbx'
  * libomptbx make every thread run the whole loop. */
@@ -41,22 +41,48 @@
 namespace dials_diffuse {
 
   /* What is fixed for a panel and a beam: arrays of nslow x nfast elements, slow axis
-   * first. A normalisation of zero marks a masked pixel. */
+   * first. A weight of zero marks a masked pixel. */
   struct PanelView {
     const float *ex, *ey, *ez;    // pixel directions, unit vectors
-    const float *normalisation;  // P x solid angle x efficiency x air transmission
+    const int *weight;  // P x solid angle x efficiency x air transmission / weight_unit
+    double weight_unit;
     int nfast, nslow;
     double trusted_min, trusted_max;  // inclusive, in units of the raw image
     double gain, pedestal;            // photons = (value - pedestal) / gain
   };
 
-  /* The grid's bounding box: voxel indices from -half to half on each axis. */
+  /* The grid's bounding box: voxel indices from -half to half on each axis.
+   *
+   * Voxels are numbered brick by brick (4 x 4 x 4 voxels), so that voxels that are near
+   * each other in space, as those of neighbouring pixels are, have near numbers:
+   *
+   * A grid with more than 2^31 - 1 places is too large.
+   *
+   *     place = brick << 6 | (h & 3) << 4 | (k & 3) << 2 | (l & 3)
+   *     brick = ((h >> 2) n_k + (k >> 2)) n_l + (l >> 2),   h, k, l counted from -half */
   struct Box {
     int half[3];
-    int64_t size() const {
-      int64_t n = 1;
-      for (int i = 0; i < 3; ++i) n *= 2 * int64_t(half[i]) + 1;
-      return n;
+    int bricks[3];  // number of bricks along each axis
+
+    explicit Box(const int *half_size) {
+      for (int i = 0; i < 3; ++i) {
+        half[i] = half_size[i];
+        bricks[i] = (2 * half[i] + 4) / 4;
+      }
+    }
+    int64_t n_bricks() const {
+      return int64_t(bricks[0]) * bricks[1] * bricks[2];
+    }
+    int64_t n_places() const {
+      return 64 * n_bricks();
+    }
+    /* Number of a voxel in the C-ordered box, h slowest */
+    int64_t c_order(int64_t place) const {
+      const int64_t brick = place >> 6;
+      const int64_t h = (brick / bricks[2] / bricks[1]) * 4 + (place >> 4 & 3);
+      const int64_t k = (brick / bricks[2] % bricks[1]) * 4 + (place >> 2 & 3);
+      const int64_t l = (brick % bricks[2]) * 4 + (place & 3);
+      return (h * (2 * half[1] + 1) + k) * (2 * half[2] + 1) + l;
     }
   };
 
@@ -75,9 +101,9 @@ namespace dials_diffuse {
     double exposure;  // factor on the normalisation
   };
 
-  /* The sums of one voxel on one panel. */
+  /* The sums of one voxel. */
   struct Sums {
-    int64_t key;  // panel * box.size() + place of the voxel in the box
+    int64_t voxel;  // its place; in results, its number in the C-ordered box
     double value, normalisation, x, y, z;
     int64_t n_pixels;
   };
@@ -91,52 +117,49 @@ namespace dials_diffuse {
     to.n_pixels += from.n_pixels;
   }
 
-  /* Hash table of voxel sums: open addressing over slots that never move. */
+  /* The sums of the voxels seen, in the order in which they were first seen. A brick that
+   * is seen gets a page of 64 slots, so memory goes with the bricks seen, but for 4 bytes
+   * for each brick of the box. */
   class VoxelTable {
   public:
-    VoxelTable() : index_(1 << 12, -1), shift_(64 - 12) {}
+    explicit VoxelTable(const Box &box) : page_of_brick_(box.n_bricks(), -1) {}
 
-    int slot(int64_t key) {
-      std::size_t mask = index_.size() - 1;
-      std::size_t i = (uint64_t(key) * 0x9E3779B97F4A7C15ull) >> shift_;
-      while (index_[i] >= 0) {
-        if (sums_[index_[i]].key == key) return index_[i];
-        i = (i + 1) & mask;
+    Sums &find(int place) {
+      int page = page_of_brick_[place >> 6];
+      if (page < 0) page = new_page(place >> 6);
+      int &slot = slots_[std::size_t(page) * 64 + (place & 63)];
+      if (slot < 0) {
+        slot = int(sums_.size());
+        Sums empty = {place, 0, 0, 0, 0, 0, 0};
+        sums_.push_back(empty);
       }
-      Sums empty = {key, 0, 0, 0, 0, 0, 0};
-      index_[i] = int(sums_.size());
-      sums_.push_back(empty);
-      if (2 * sums_.size() > index_.size()) grow();
-      return int(sums_.size()) - 1;
-    }
-
-    Sums &operator[](int slot) {
       return sums_[slot];
     }
+
     const std::vector<Sums> &sums() const {
       return sums_;
     }
 
     void clear() {
+      for (std::size_t i = 0; i < bricks_.size(); ++i) page_of_brick_[bricks_[i]] = -1;
+      bricks_.clear();
+      slots_.clear();
       sums_.clear();
-      std::fill(index_.begin(), index_.end(), -1);
     }
 
   private:
-    void grow() {
-      index_.assign(2 * index_.size(), -1);
-      --shift_;
-      std::size_t mask = index_.size() - 1;
-      for (std::size_t s = 0; s < sums_.size(); ++s) {
-        std::size_t i = (uint64_t(sums_[s].key) * 0x9E3779B97F4A7C15ull) >> shift_;
-        while (index_[i] >= 0) i = (i + 1) & mask;
-        index_[i] = int(s);
-      }
+    int new_page(int brick) {
+      const int page = int(bricks_.size());
+      bricks_.push_back(brick);
+      slots_.resize(slots_.size() + 64, -1);
+      page_of_brick_[brick] = page;
+      return page;
     }
 
-    std::vector<int> index_;
+    std::vector<int> page_of_brick_;  // or -1
+    std::vector<int> bricks_;         // brick of each page
+    std::vector<int> slots_;          // 64 for each page: number of the sums, or -1
     std::vector<Sums> sums_;
-    int shift_;
   };
 
   /* floor(x), written so that it becomes vector code for every processor */
@@ -165,7 +188,7 @@ namespace dials_diffuse {
                                              int *out) {
     const Frame f = frame;
     const int nh = box.half[0], nk = box.half[1], nl = box.half[2];
-    const int size_k = 2 * nk + 1, size_l = 2 * nl + 1;
+    const int bricks_k = box.bricks[1], bricks_l = box.bricks[2];
     for (int i = 0; i < n; ++i) {
       float rx = ex[i] * f.inv_wavelength - f.s0[0];
       float ry = ey[i] * f.inv_wavelength - f.s0[1];
@@ -180,7 +203,8 @@ namespace dials_diffuse {
       bool inside = (s2 >= f.s2_min) & (s2 <= f.s2_max) & (ih >= 0) & (ih <= 2 * nh)
                     & (ik >= 0) & (ik <= 2 * nk) & (il >= 0) & (il <= 2 * nl);
       if (Exclude) inside = inside & (bragg_distance(f, h, k, l) >= 1.0f);
-      int place = (ih * size_k + ik) * size_l + il;
+      int brick = ((ih >> 2) * bricks_k + (ik >> 2)) * bricks_l + (il >> 2);
+      int place = brick << 6 | (ih & 3) << 4 | (ik & 3) << 2 | (il & 3);
       out[i] = inside ? place : -1;
     }
   }
@@ -203,31 +227,31 @@ namespace dials_diffuse {
    * Written to reject NaN. */
   template <typename T>
   DIALS_DIFFUSE_INLINE void reject_pixels(const T *data,
-                                          const float *normalisation,
+                                          const int *weight,
                                           T lowest,
                                           T highest,
                                           int n,
                                           int *places) {
     for (int i = 0; i < n; ++i) {
-      bool good = (data[i] >= lowest) & (data[i] <= highest) & (normalisation[i] > 0);
+      bool good = (data[i] >= lowest) & (data[i] <= highest) & (weight[i] > 0);
       places[i] = good ? places[i] : -1;
     }
   }
   DIALS_DIFFUSE_CLONES inline void reject(const int *data,
-                                          const float *normalisation,
+                                          const int *weight,
                                           int lowest,
                                           int highest,
                                           int n,
                                           int *places) {
-    reject_pixels(data, normalisation, lowest, highest, n, places);
+    reject_pixels(data, weight, lowest, highest, n, places);
   }
   DIALS_DIFFUSE_CLONES inline void reject(const double *data,
-                                          const float *normalisation,
+                                          const int *weight,
                                           double lowest,
                                           double highest,
                                           int n,
                                           int *places) {
-    reject_pixels(data, normalisation, lowest, highest, n, places);
+    reject_pixels(data, weight, lowest, highest, n, places);
   }
 
   /* The trusted limits as values of the image's type */
@@ -241,57 +265,87 @@ namespace dials_diffuse {
     highest = p.trusted_max;
   }
 
+  /* Sum of the values before each pixel; a type in which integers stay exact. Rejected
+   * floating-point values may be NaN or infinite and must not enter. */
+  inline void add_up(const int *data, const int *, int n, std::vector<int64_t> &sums) {
+    int64_t sum = 0;
+    for (int i = 0; i < n; ++i) {
+      sums[i] = sum;
+      sum += data[i];
+    }
+    sums[n] = sum;
+  }
+  inline void
+  add_up(const double *data, const int *places, int n, std::vector<double> &sums) {
+    double sum = 0;
+    for (int i = 0; i < n; ++i) {
+      sums[i] = sum;
+      sum += places[i] < 0 ? 0.0 : data[i];
+    }
+    sums[n] = sum;
+  }
+
   template <typename T>
-  struct value_sum;  // exact for integer images
+  struct sum_of;
   template <>
-  struct value_sum<int> {
+  struct sum_of<int> {
     typedef int64_t type;
   };
   template <>
-  struct value_sum<double> {
+  struct sum_of<double> {
     typedef double type;
   };
 
-  /* Adds one row of a panel. Neighbouring pixels mostly share a voxel, and a voxel of
-   * this row was mostly seen in the row above: `above` keeps the slot of each column. */
+  /* Scratch space for one row of n pixels */
   template <typename T>
-  void add_row(const PanelView &p,
-               const Frame &f,
-               const T *data,
-               int64_t first_key,
-               int row,
-               const std::vector<int> &places,
-               std::vector<int> &above,
-               VoxelTable &table) {
-    const float *weight = p.normalisation + std::size_t(row) * p.nfast;
-    const double inv_gain = 1.0 / p.gain;
-    int i = 0;
-    while (i < p.nfast) {
-      const int place = places[i];
-      if (place < 0) {
-        ++i;
-        continue;
+  struct Row {
+    std::vector<int> places;      // voxel of each pixel, or -1
+    std::vector<int> begin, end;  // runs of neighbouring pixels in one voxel
+    std::vector<typename sum_of<T>::type> values;  // sum before each pixel
+    std::vector<int64_t> weights;                  // likewise
+
+    explicit Row(int n)
+        : places(n), begin(n + 1), end(n + 1), values(n + 1), weights(n + 1) {}
+
+    /* Finds the runs and returns their number; without branches, as a run ends every
+     * few pixels and no processor could predict where. */
+    int find_runs() {
+      const int n = int(places.size());
+      int n_begin = 0, n_end = 0, previous = -1;
+      for (int i = 0; i < n; ++i) {
+        const int place = places[i];
+        const bool differs = place != previous;
+        begin[n_begin] = i;
+        n_begin += differs & (place >= 0);
+        end[n_end] = i;
+        n_end += differs & (previous >= 0);
+        previous = place;
       }
-      const int begin = i;
-      typename value_sum<T>::type value = 0;
-      double w = 0;
-      do {
-        value += data[i];
-        w += weight[i];
-        ++i;
-      } while (i < p.nfast && places[i] == place);
-      const double n = i - begin;
-      const int64_t key = first_key + place;
-      int slot = above[begin];
-      if (slot < 0 || table[slot].key != key) slot = table.slot(key);
-      std::fill(above.begin() + begin, above.begin() + i, slot);
-      Sums &sums = table[slot];
-      sums.value += (double(value) - n * p.pedestal) * inv_gain;
-      sums.normalisation += w * f.exposure;
-      sums.x += n * begin + 0.5 * n * n;  // pixel centres are at i + 1/2
-      sums.y += n * (row + 0.5);
+      end[n_end] = n;
+      return n_begin;
+    }
+  };
+
+  /* Adds the runs of one row to their voxels: neighbouring pixels mostly share one. */
+  template <typename T>
+  void add_runs(const PanelView &p,
+                const Frame &f,
+                Row<T> &row,
+                int row_number,
+                VoxelTable &table) {
+    const double inv_gain = 1.0 / p.gain;
+    const double unit = p.weight_unit * f.exposure;
+    const int n_runs = row.find_runs();
+    for (int r = 0; r < n_runs; ++r) {
+      const int begin = row.begin[r], end = row.end[r];
+      const double n = end - begin;
+      Sums &sums = table.find(row.places[begin]);
+      sums.value += (double(row.values[end] - row.values[begin]) - n * p.pedestal) * inv_gain;
+      sums.normalisation += double(row.weights[end] - row.weights[begin]) * unit;
+      sums.x += 0.5 * n * (begin + end);  // pixel centres are at i + 1/2
+      sums.y += n * (row_number + 0.5);
       sums.z += n * f.z;
-      sums.n_pixels += i - begin;
+      sums.n_pixels += end - begin;
     }
   }
 
@@ -301,60 +355,75 @@ namespace dials_diffuse {
                 const Frame &f,
                 const Box &box,
                 const T *data,
-                int64_t first_key,
                 int first,
                 int last,
                 VoxelTable &table) {
-    std::vector<int> places(p.nfast), above(p.nfast, -1);
+    Row<T> r(p.nfast);
     T lowest, highest;
     trusted_limits(p, lowest, highest);
     for (int row = first; row < last; ++row) {
       const std::size_t at = std::size_t(row) * p.nfast;
-      voxel_places(f, box, p.ex + at, p.ey + at, p.ez + at, p.nfast, &places[0]);
-      reject(data + at, p.normalisation + at, lowest, highest, p.nfast, &places[0]);
-      add_row(p, f, data + at, first_key, row, places, above, table);
+      int *places = &r.places[0];
+      voxel_places(f, box, p.ex + at, p.ey + at, p.ez + at, p.nfast, places);
+      reject(data + at, p.weight + at, lowest, highest, p.nfast, places);
+      add_up(data + at, places, p.nfast, r.values);
+      add_up(p.weight + at, places, p.nfast, r.weights);
+      add_runs(p, f, r, row, table);
     }
   }
 
-  /* Collects the images of one block: all frames that make one observation per voxel. */
+  /* The order that sorts sums by voxel (below 2^33), stable: radix sort, 11 bits at a
+   * time. */
+  inline std::vector<uint32_t> order_by_voxel(const std::vector<Sums> &sums) {
+    const std::size_t n = sums.size(), size = 1 << 11;
+    std::vector<uint32_t> order(n), next(n);
+    for (std::size_t i = 0; i < n; ++i) order[i] = uint32_t(i);
+    for (int shift = 0; shift < 33; shift += 11) {
+      std::vector<std::size_t> start(size + 1, 0);
+      for (std::size_t i = 0; i < n; ++i)
+        ++start[(sums[i].voxel >> shift & (size - 1)) + 1];
+      for (std::size_t i = 0; i < size; ++i) start[i + 1] += start[i];
+      for (std::size_t i = 0; i < n; ++i)
+        next[start[sums[order[i]].voxel >> shift & (size - 1)]++] = order[i];
+      order.swap(next);
+    }
+    return order;
+  }
+
+  /* Collects what one panel saw of the images of one block: all the frames that make one
+   * observation per voxel. */
   class Accumulator {
   public:
-    Accumulator(const Box &box, int n_threads) : box_(box), tables_(n_threads) {
+    Accumulator(const Box &box, int n_threads) : box_(box) {
       if (n_threads < 1) throw std::invalid_argument("n_threads must be positive");
-      for (int i = 0; i < 3; ++i)
-        if (box.half[i] < 0) throw std::invalid_argument("negative size of the grid");
-      if (box.size() > 2147483647)
-        throw std::invalid_argument("the grid has more than 2^31 - 1 voxels");
+      tables_.assign(n_threads, VoxelTable(box));
     }
 
-    /* Adds a panel of an image; the rows are dealt out to the threads in bands. */
+    /* Adds an image of the panel; the rows are dealt out to the threads in bands. */
     template <typename T>
-    void add(int panel, const PanelView &p, const Frame &f, const T *data) {
-      const int64_t first_key = panel * box_.size();
-      const int n = int(tables_.size());
+    void add(const PanelView &p, const Frame &f, const T *data) {
       std::vector<std::thread> team;
-      for (int t = 1; t < n; ++t)
-        team.push_back(std::thread(&Accumulator::band<T>, this, t, first_key, p, f, data));
-      band(0, first_key, p, f, data);
+      for (std::size_t t = 1; t < tables_.size(); ++t)
+        team.push_back(std::thread(&Accumulator::band<T>, this, t, p, f, data));
+      band(0, p, f, data);
       for (std::size_t t = 0; t < team.size(); ++t) team[t].join();
     }
 
-    /* The sums of all voxels seen, ordered by panel and voxel; empties the tables. */
+    /* The sums of all voxels seen, in C order; empties the tables. */
     std::vector<Sums> finish() {
       std::vector<Sums> all;
       for (std::size_t t = 0; t < tables_.size(); ++t) {
         all.insert(all.end(), tables_[t].sums().begin(), tables_[t].sums().end());
         tables_[t].clear();
       }
-      std::vector<std::pair<int64_t, int> > order(all.size());
       for (std::size_t i = 0; i < all.size(); ++i)
-        order[i] = std::make_pair(all[i].key, int(i));
-      std::sort(order.begin(), order.end());
+        all[i].voxel = box_.c_order(all[i].voxel);
+      const std::vector<uint32_t> order = order_by_voxel(all);
       std::vector<Sums> result;
       result.reserve(all.size());
       for (std::size_t i = 0; i < order.size(); ++i) {
-        const Sums &sums = all[order[i].second];
-        if (!result.empty() && result.back().key == sums.key)
+        const Sums &sums = all[order[i]];
+        if (!result.empty() && result.back().voxel == sums.voxel)
           dials_diffuse::add(result.back(), sums);
         else
           result.push_back(sums);
@@ -368,10 +437,10 @@ namespace dials_diffuse {
 
   private:
     template <typename T>
-    void band(int t, int64_t first_key, PanelView p, Frame f, const T *data) {
+    void band(std::size_t t, PanelView p, Frame f, const T *data) {
       const int64_t n = tables_.size();
-      add_rows(p, f, box_, data, first_key, int(p.nslow * t / n),
-               int(p.nslow * (t + 1) / n), tables_[t]);
+      add_rows(p, f, box_, data, int(p.nslow * t / n), int(p.nslow * (t + 1) / n),
+               tables_[t]);
     }
 
     Box box_;

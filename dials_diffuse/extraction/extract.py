@@ -68,13 +68,17 @@ def _blocks_of_task(
     blocks: Sequence[Block], totals: dict[str, float]
 ) -> Iterator[np.ndarray]:
     """The observations of each block; adds their number to the totals."""
-    accumulator = ext.Accumulator(_job.grid.half_size, _job.n_threads)
+    accumulators: list[ext.Accumulator] = []
     for block in blocks:
+        tables = _tables(_job.keys[block.experiment])
+        # one accumulator for each panel, unless it can be emptied after each panel
+        while len(accumulators) < (len(tables) if len(block) > 1 else 1):
+            accumulators.append(ext.Accumulator(_job.grid.half_size, _job.n_threads))
         rows = accumulate_block(
             block,
             _job.experiments[block.experiment],
-            _tables(_job.keys[block.experiment]),
-            accumulator,
+            tables,
+            accumulators if len(block) > 1 else accumulators[:1],
             _job.grid,
             _job.settings,
         )

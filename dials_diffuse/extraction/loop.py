@@ -72,7 +72,7 @@ def accumulate_block(
     block: Block,
     experiment: Experiment,
     tables: Sequence[ext.Panel],
-    accumulator: ext.Accumulator,
+    accumulators: Sequence[ext.Accumulator],
     grid: Grid,
     settings: ExtractionSettings,
 ) -> np.ndarray:
@@ -82,24 +82,36 @@ def accumulate_block(
         block: Which images.
         experiment: Their experiment.
         tables: Its detector's arrays, one per panel.
-        accumulator: An empty accumulator for the grid; left empty.
+        accumulators: Empty accumulators for the grid, one per panel; left empty. One
+            for all will do if the block is a single image.
         grid: The voxel grid.
         settings: The settings of extraction.
 
     Returns:
         Array of dtype ``SUMS``, ordered by panel and voxel.
     """
+    parts: list[np.ndarray] = []
     for array_index in block.array_indices:
         model = frame_model(experiment, array_index)
         frame = loop_frame(model, experiment, grid, settings)
         data = read_image(experiment, array_index)
+        last = array_index == block.array_indices[-1]
         for number, (panel, pixels) in enumerate(zip(tables, data)):
-            accumulator.add_image(number, panel, frame, pixels)
-    sums = {k: flumpy.to_numpy(v) for k, v in accumulator.finish().items()}
-    rows = np.empty(len(sums["place"]), dtype=SUMS)
-    rows["key"] = sums["place"]
-    rows["id"] = block.experiment
-    rows["counts"] = sums["value"]
-    for name in ("panel", "n_pixels", "normalisation", "x", "y", "z"):
-        rows[name] = sums[name]
+            accumulator = accumulators[number % len(accumulators)]
+            accumulator.add_image(panel, frame, pixels)
+            if last:
+                parts.append(sum_rows(accumulator.finish(), block.experiment, number))
+    return np.concatenate(parts)
+
+
+def sum_rows(sums: dict, experiment: int, panel: int) -> np.ndarray:
+    """Rows of dtype ``SUMS`` of what an accumulator returns."""
+    columns = {name: flumpy.to_numpy(column) for name, column in sums.items()}
+    rows = np.empty(len(columns["voxel"]), dtype=SUMS)
+    rows["key"] = columns["voxel"]
+    rows["id"] = experiment
+    rows["panel"] = panel
+    rows["counts"] = columns["value"]
+    for name in ("n_pixels", "normalisation", "x", "y", "z"):
+        rows[name] = columns[name]
     return rows

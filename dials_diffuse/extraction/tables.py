@@ -1,8 +1,8 @@
 """Per-pixel arrays of a detector in a beam, made once and used for all its images.
 
-Direction and normalisation of every pixel, in single precision (a direction is off by
-less than 1e-4 of a pixel), as the C++ loop takes them. Masked pixels have a
-normalisation of zero.
+Direction of every pixel in single precision (off by less than 1e-4 of a pixel) and its
+normalisation as an integer weight, in units of 2^-30 of the panel's largest: sums of
+integers are exact, whatever their order. Masked pixels have a weight of zero.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from dials_diffuse import corrections
 from dials_diffuse.extraction.settings import CorrectionSettings, ExtractionSettings
 from dials_diffuse.geometry import directions
 from dials_diffuse.util.compat import inclusive_trusted_range
+
+MAX_WEIGHT = 2**30  # so that 2^33 pixels can be summed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,15 +149,19 @@ def polarization_of(
 
 @dataclasses.dataclass(frozen=True)
 class PanelArrays:
-    """Per-pixel arrays of a panel, shape (n_slow, n_fast), single precision.
+    """Per-pixel arrays of a panel.
 
     Attributes:
-        e: Unit vectors from the sample to the pixels, laboratory frame, three arrays.
-        normalisation: P · ΔΩ · ε · A_air, zero for masked pixels.
+        e: Unit vectors from the sample to the pixels, float32, shape
+            (3, n_slow, n_fast), laboratory frame.
+        weight: P · ΔΩ · ε · A_air in units of ``weight_unit``, int32, shape
+            (n_slow, n_fast); zero for masked pixels.
+        weight_unit: Normalisation of a weight of 1.
     """
 
-    e: tuple[np.ndarray, np.ndarray, np.ndarray]
-    normalisation: np.ndarray
+    e: np.ndarray
+    weight: np.ndarray
+    weight_unit: float
 
 
 def panel_arrays(
@@ -169,7 +175,7 @@ def panel_arrays(
         settings: The factors of the normalisation.
     """
     e = np.empty((3, *good.shape), dtype=np.float32)
-    weight = np.empty(good.shape, dtype=np.float32)
+    weight = np.empty(good.shape)
     shift = directions.parallax_shift(panel)
     for start in range(0, good.shape[0], directions.ROWS):
         rows = slice(start, start + directions.ROWS)
@@ -178,7 +184,8 @@ def panel_arrays(
         ray /= np.sqrt(np.sum(ray**2, axis=0))
         e[:, rows] = ray
         weight[rows] = normalisation(panel, beam, position, ray, settings)
-    return PanelArrays((e[0], e[1], e[2]), np.where(good, weight, np.float32(0)))
+    unit = float(weight.max()) / MAX_WEIGHT
+    return PanelArrays(e, np.rint(weight / unit).astype(np.int32) * good, unit)
 
 
 def detector_tables(
@@ -194,7 +201,8 @@ def detector_tables(
         tables.append(
             ext.Panel(
                 *(flumpy.from_numpy(x.ravel()) for x in arrays.e),
-                flumpy.from_numpy(arrays.normalisation.ravel()),
+                weight=flumpy.from_numpy(arrays.weight.ravel()),
+                weight_unit=arrays.weight_unit,
                 nfast=nfast,
                 nslow=nslow,
                 trusted_min=float(low),

@@ -40,22 +40,23 @@ namespace dials_diffuse { namespace boost_python {
     Panel(const af::shared<float> &ex,
           const af::shared<float> &ey,
           const af::shared<float> &ez,
-          const af::shared<float> &normalisation,
+          const af::shared<int> &weight,
+          double weight_unit,
           int nfast,
           int nslow,
           double trusted_min,
           double trusted_max,
           double gain,
           double pedestal)
-        : ex_(ex), ey_(ey), ez_(ez), normalisation_(normalisation) {
+        : ex_(ex), ey_(ey), ez_(ez), weight_(weight) {
       const std::size_t n = std::size_t(nfast) * nslow;
       if (nfast < 1 || nslow < 1)
         throw std::invalid_argument("image_size must be positive");
       if (ex.size() != n || ey.size() != n || ez.size() != n
-          || normalisation.size() != n)
+          || weight.size() != n)
         throw std::invalid_argument("the arrays do not have nfast x nslow elements");
       if (!(gain > 0)) throw std::invalid_argument("the gain must be positive");
-      PanelView view = {ex_.begin(),   ey_.begin(), ez_.begin(), normalisation_.begin(),
+      PanelView view = {ex_.begin(),   ey_.begin(), ez_.begin(), weight_.begin(), weight_unit,
                         nfast,         nslow,       trusted_min, trusted_max,
                         gain,          pedestal};
       view_ = view;
@@ -65,7 +66,8 @@ namespace dials_diffuse { namespace boost_python {
     }
 
   private:
-    af::shared<float> ex_, ey_, ez_, normalisation_;
+    af::shared<float> ex_, ey_, ez_;
+    af::shared<int> weight_;
     PanelView view_;
   };
 
@@ -98,24 +100,29 @@ namespace dials_diffuse { namespace boost_python {
     return f;
   }
 
+  Box make_box(const vec3<int> &half_size) {
+    if (half_size.min() < 0) throw std::invalid_argument("negative size of the grid");
+    const Box box(half_size.begin());
+    if (box.n_places() > 2147483647)
+      throw std::invalid_argument("the grid has too many voxels");
+    return box;
+  }
+
   Accumulator *make_accumulator(const vec3<int> &half_size, int n_threads) {
-    Box box = {{half_size[0], half_size[1], half_size[2]}};
-    return new Accumulator(box, n_threads);
+    return new Accumulator(make_box(half_size), n_threads);
   }
 
   template <typename T>
   void add_image(Accumulator &self,
-                 int panel,
-                 const Panel &geometry,
+                 const Panel &panel,
                  const Frame &frame,
                  const af::versa<T, af::flex_grid<> > &data) {
-    const PanelView &view = geometry.view();
-    if (panel < 0) throw std::invalid_argument("negative panel number");
+    const PanelView &view = panel.view();
     if (data.size() != std::size_t(view.nfast) * view.nslow)
       throw std::invalid_argument("the image has another size than its panel");
     const T *begin = data.begin();
     gil_release nogil;
-    self.add(panel, view, frame, begin);
+    self.add(view, frame, begin);
   }
 
   bp::dict finish(Accumulator &self) {
@@ -125,12 +132,10 @@ namespace dials_diffuse { namespace boost_python {
       sums = self.finish();
     }
     const std::size_t n = sums.size();
-    const int64_t box_size = self.box().size();
-    af::shared<int> place(n), panel(n), n_pixels(n);
+    af::shared<int> voxel(n), n_pixels(n);
     af::shared<double> value(n), normalisation(n), x(n), y(n), z(n);
     for (std::size_t i = 0; i < n; ++i) {
-      place[i] = int(sums[i].key % box_size);
-      panel[i] = int(sums[i].key / box_size);
+      voxel[i] = int(sums[i].voxel);
       n_pixels[i] = int(sums[i].n_pixels);
       value[i] = sums[i].value;
       normalisation[i] = sums[i].normalisation;
@@ -139,8 +144,7 @@ namespace dials_diffuse { namespace boost_python {
       z[i] = sums[i].z;
     }
     bp::dict result;
-    result["place"] = place;
-    result["panel"] = panel;
+    result["voxel"] = voxel;
     result["n_pixels"] = n_pixels;
     result["value"] = value;
     result["normalisation"] = normalisation;
@@ -150,14 +154,16 @@ namespace dials_diffuse { namespace boost_python {
     return result;
   }
 
-  /* Place in the box of each direction's voxel, or -1: the loop's geometry alone. */
-  af::shared<int> voxel_places_of(const vec3<int> &half_size,
-                                  const Panel &panel,
-                                  const Frame &frame) {
-    Box box = {{half_size[0], half_size[1], half_size[2]}};
+  /* Number in the C-ordered box of the voxel of each pixel, or -1: the loop's geometry
+   * alone. */
+  af::shared<int>
+  voxels(const vec3<int> &half_size, const Panel &panel, const Frame &frame) {
+    const Box box = make_box(half_size);
     const PanelView &p = panel.view();
     af::shared<int> result(std::size_t(p.nfast) * p.nslow);
     voxel_places(frame, box, p.ex, p.ey, p.ez, p.nfast * p.nslow, result.begin());
+    for (std::size_t i = 0; i < result.size(); ++i)
+      if (result[i] >= 0) result[i] = int(box.c_order(result[i]));
     return result;
   }
 
@@ -165,10 +171,10 @@ namespace dials_diffuse { namespace boost_python {
     using namespace bp;
     class_<Panel>("Panel", no_init)
       .def(init<const af::shared<float> &, const af::shared<float> &,
-                const af::shared<float> &, const af::shared<float> &, int, int, double,
-                double, double, double>(
-        (arg("ex"), arg("ey"), arg("ez"), arg("normalisation"), arg("nfast"),
-         arg("nslow"), arg("trusted_min"), arg("trusted_max"), arg("gain") = 1.0,
+                const af::shared<float> &, const af::shared<int> &, double, int, int,
+                double, double, double, double>(
+        (arg("ex"), arg("ey"), arg("ez"), arg("weight"), arg("weight_unit"),
+         arg("nfast"), arg("nslow"), arg("trusted_min"), arg("trusted_max"), arg("gain") = 1.0,
          arg("pedestal") = 0.0)));
     class_<Frame>("Frame", no_init);
     def("make_frame", &make_frame,
@@ -178,12 +184,11 @@ namespace dials_diffuse { namespace boost_python {
       .def("__init__", make_constructor(&make_accumulator, default_call_policies(),
                                         (arg("half_size"), arg("n_threads") = 1)))
       .def("add_image", &add_image<int>,
-           (arg("panel"), arg("geometry"), arg("frame"), arg("data")))
+           (arg("panel"), arg("frame"), arg("data")))
       .def("add_image", &add_image<double>,
-           (arg("panel"), arg("geometry"), arg("frame"), arg("data")))
+           (arg("panel"), arg("frame"), arg("data")))
       .def("finish", &finish);
-    def("voxel_places", &voxel_places_of,
-        (arg("half_size"), arg("panel"), arg("frame")));
+    def("voxels", &voxels, (arg("half_size"), arg("panel"), arg("frame")));
   }
 
 }}  // namespace dials_diffuse::boost_python
