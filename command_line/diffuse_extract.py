@@ -32,15 +32,14 @@ from typing import Any, Sequence
 import numpy as np
 
 import libtbx.phil
+from dxtbx import flumpy
+from dxtbx.model.experiment_list import ExperimentList, ExperimentListFactory
 from libtbx.utils import Sorry
 
 import dials.util
 from dials.array_family import flex
 from dials.util.multi_dataset_handling import generate_experiment_identifiers
 from dials.util.options import ArgumentParser, flatten_experiments, flatten_reflections
-from dxtbx import flumpy
-from dxtbx.model.experiment_list import ExperimentList, ExperimentListFactory
-
 from dials_diffuse.extraction.blocks import missing_images
 from dials_diffuse.extraction.extract import extract
 from dials_diffuse.extraction.reference import make_grid

@@ -52,9 +52,7 @@ def polarization(
     n = np.asarray(normal) / np.linalg.norm(normal)
     cos_normal = np.tensordot(n, e, axes=1)
     cos_two_theta = np.tensordot(e0, e, axes=1)
-    return (1 - 2 * fraction) * (1 - cos_normal**2) + fraction * (
-        1 + cos_two_theta**2
-    )
+    return (1 - 2 * fraction) * (1 - cos_normal**2) + fraction * (1 + cos_two_theta**2)
 
 
 def solid_angle(

@@ -30,9 +30,7 @@ def rotation_matrices(group: sgtbx.space_group) -> np.ndarray:
         vector from the right, h' = h R.
     """
     ops = [op.r().as_double() for op in group.all_ops()]
-    return np.unique(
-        np.rint(np.array(ops)).astype(np.int32).reshape(-1, 3, 3), axis=0
-    )
+    return np.unique(np.rint(np.array(ops)).astype(np.int32).reshape(-1, 3, 3), axis=0)
 
 
 def check_subdivision(group: sgtbx.space_group, ndiv: tuple[int, int, int]) -> None:

@@ -14,10 +14,10 @@ from typing import Iterator, Sequence
 
 import numpy as np
 
-from dials.util import progress
 from dxtbx.model.experiment_list import ExperimentList
 
 import dials_diffuse_ext as ext
+from dials.util import progress
 from dials_diffuse.extraction.blocks import Block, make_blocks
 from dials_diffuse.extraction.loop import accumulate_block
 from dials_diffuse.extraction.runs import merge_runs, write_runs

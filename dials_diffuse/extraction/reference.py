@@ -133,7 +133,9 @@ def crystal_spread(crystals: Sequence[Crystal], grid: Grid) -> Spread:
     h = rlp @ _to_fractional(grid.cell).T
     rms = [
         np.sqrt(
-            np.mean(np.sum((rlp @ _to_fractional(c.get_unit_cell()).T - h) ** 2, axis=1))
+            np.mean(
+                np.sum((rlp @ _to_fractional(c.get_unit_cell()).T - h) ** 2, axis=1)
+            )
         )
         for c in crystals
     ]

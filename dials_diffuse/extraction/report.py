@@ -6,11 +6,11 @@ import logging
 
 import numpy as np
 
-from dials.array_family import flex
-from dials.util import tabulate
 from dxtbx import flumpy
 from dxtbx.model.experiment_list import ExperimentList
 
+from dials.array_family import flex
+from dials.util import tabulate
 from dials_diffuse.extraction.reference import crystal_spread
 from dials_diffuse.geometry.validation import index_residuals
 from dials_diffuse.grid import Grid
@@ -67,7 +67,9 @@ def log_crystals(experiments: ExperimentList, grid: Grid) -> None:
         )
 
 
-def log_geometry(experiments: ExperimentList, reflections: flex.reflection_table) -> None:
+def log_geometry(
+    experiments: ExperimentList, reflections: flex.reflection_table
+) -> None:
     """Log where indexed spots fall; warn if they are not at their Bragg positions."""
     ids = flumpy.to_numpy(reflections["id"])
     rows, bad = [], []
@@ -87,7 +89,9 @@ def log_geometry(experiments: ExperimentList, reflections: flex.reflection_table
     logger.info(
         "Indexed spots against their Bragg positions, |delta hkl|: %d spots, rms %.3f",
         sum(row[1] for row in rows),
-        np.sqrt(np.average([row[2] ** 2 for row in rows], weights=[r[1] for r in rows])),
+        np.sqrt(
+            np.average([row[2] ** 2 for row in rows], weights=[r[1] for r in rows])
+        ),
     )
     header = ("experiment", "spots", "rms |delta hkl|", "largest")
     logger.debug(tabulate(rows, header, floatfmt=".3f"))

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from cctbx import uctbx
-from dials.util.mp import available_cores
+
+from dials_diffuse.util.compat import available_cores
 
 
 @dataclasses.dataclass(frozen=True)

@@ -179,7 +179,9 @@ def panel_arrays(
     shift = directions.parallax_shift(panel)
     for start in range(0, good.shape[0], directions.ROWS):
         rows = slice(start, start + directions.ROWS)
-        position = directions.lab_coordinates(panel, rows, np.zeros_like(shift[:, rows]))
+        position = directions.lab_coordinates(
+            panel, rows, np.zeros_like(shift[:, rows])
+        )
         ray = directions.lab_coordinates(panel, rows, shift[:, rows])
         ray /= np.sqrt(np.sum(ray**2, axis=0))
         e[:, rows] = ray

@@ -49,7 +49,9 @@ def _midpoint(scan_points: int, at_scan_point, static, i: int) -> np.ndarray:
 
 def crystal_setting(crystal: Crystal, i: int) -> np.ndarray:
     """A = U B at the middle of image i of the scan, shape (3, 3), Å⁻¹."""
-    a = _midpoint(crystal.num_scan_points, crystal.get_A_at_scan_point, crystal.get_A, i)
+    a = _midpoint(
+        crystal.num_scan_points, crystal.get_A_at_scan_point, crystal.get_A, i
+    )
     return a.reshape(3, 3)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from dials.array_family import flex
 from dxtbx import flumpy
 from dxtbx.model import Experiment
 
+from dials.array_family import flex
 from dials_diffuse.geometry.directions import pixel_to_millimeter
 from dials_diffuse.geometry.orientation import frame_model
 from dials_diffuse.util.compat import miller_index_to_numpy

@@ -57,3 +57,18 @@ def inclusive_trusted_range(panel: Panel) -> tuple[float, float]:
     if trusted_range_is_inclusive():
         return (0.0 if low == -1.0 else low), high
     return math.nextafter(low, math.inf), math.nextafter(high, -math.inf)
+
+
+def available_cores() -> int:
+    """Number of processors that this process may use.
+
+    ``dials.util.mp.available_cores`` of DIALS 3.12 became
+    ``dials.util.system.CPU_COUNT``.
+    """
+    try:
+        from dials.util.system import CPU_COUNT
+    except ImportError:
+        from dials.util.mp import available_cores as dials_available_cores
+
+        return dials_available_cores()
+    return CPU_COUNT

@@ -52,13 +52,20 @@ namespace dials_diffuse { namespace boost_python {
       const std::size_t n = std::size_t(nfast) * nslow;
       if (nfast < 1 || nslow < 1)
         throw std::invalid_argument("image_size must be positive");
-      if (ex.size() != n || ey.size() != n || ez.size() != n
-          || weight.size() != n)
+      if (ex.size() != n || ey.size() != n || ez.size() != n || weight.size() != n)
         throw std::invalid_argument("the arrays do not have nfast x nslow elements");
       if (!(gain > 0)) throw std::invalid_argument("the gain must be positive");
-      PanelView view = {ex_.begin(),   ey_.begin(), ez_.begin(), weight_.begin(), weight_unit,
-                        nfast,         nslow,       trusted_min, trusted_max,
-                        gain,          pedestal};
+      PanelView view = {ex_.begin(),
+                        ey_.begin(),
+                        ez_.begin(),
+                        weight_.begin(),
+                        weight_unit,
+                        nfast,
+                        nslow,
+                        trusted_min,
+                        trusted_max,
+                        gain,
+                        pedestal};
       view_ = view;
     }
     const PanelView &view() const {
@@ -83,7 +90,8 @@ namespace dials_diffuse { namespace boost_python {
     if (!(wavelength > 0))
       throw std::invalid_argument("the wavelength must be positive");
     Frame f;
-    for (int i = 0; i < 9; ++i) f.w[i] = float(w[i]);
+    for (int i = 0; i < 9; ++i)
+      f.w[i] = float(w[i]);
     for (int i = 0; i < 3; ++i) {
       f.s0[i] = float(s0[i]);
       f.inv_ndiv[i] = float(1.0 / ndiv[i]);
@@ -94,7 +102,8 @@ namespace dials_diffuse { namespace boost_python {
     f.exclude = !exclusion.is_none();
     sym_mat3<double> g(0.0);
     if (f.exclude) g = bp::extract<sym_mat3<double> >(exclusion)();
-    for (int i = 0; i < 6; ++i) f.g[i] = float(g[i]);
+    for (int i = 0; i < 6; ++i)
+      f.g[i] = float(g[i]);
     f.z = z;
     f.exposure = exposure;
     return f;
@@ -156,8 +165,9 @@ namespace dials_diffuse { namespace boost_python {
 
   /* Number in the C-ordered box of the voxel of each pixel, or -1: the loop's geometry
    * alone. */
-  af::shared<int>
-  voxels(const vec3<int> &half_size, const Panel &panel, const Frame &frame) {
+  af::shared<int> voxels(const vec3<int> &half_size,
+                         const Panel &panel,
+                         const Frame &frame) {
     const Box box = make_box(half_size);
     const PanelView &p = panel.view();
     af::shared<int> result(std::size_t(p.nfast) * p.nslow);
@@ -170,23 +180,46 @@ namespace dials_diffuse { namespace boost_python {
   BOOST_PYTHON_MODULE(dials_diffuse_ext) {
     using namespace bp;
     class_<Panel>("Panel", no_init)
-      .def(init<const af::shared<float> &, const af::shared<float> &,
-                const af::shared<float> &, const af::shared<int> &, double, int, int,
-                double, double, double, double>(
-        (arg("ex"), arg("ey"), arg("ez"), arg("weight"), arg("weight_unit"),
-         arg("nfast"), arg("nslow"), arg("trusted_min"), arg("trusted_max"), arg("gain") = 1.0,
-         arg("pedestal") = 0.0)));
+      .def(init<const af::shared<float> &,
+                const af::shared<float> &,
+                const af::shared<float> &,
+                const af::shared<int> &,
+                double,
+                int,
+                int,
+                double,
+                double,
+                double,
+                double>((arg("ex"),
+                         arg("ey"),
+                         arg("ez"),
+                         arg("weight"),
+                         arg("weight_unit"),
+                         arg("nfast"),
+                         arg("nslow"),
+                         arg("trusted_min"),
+                         arg("trusted_max"),
+                         arg("gain") = 1.0,
+                         arg("pedestal") = 0.0)));
     class_<Frame>("Frame", no_init);
-    def("make_frame", &make_frame,
-        (arg("w"), arg("s0"), arg("wavelength"), arg("s_min"), arg("s_max"),
-         arg("ndiv"), arg("exclusion"), arg("z"), arg("exposure")));
+    def("make_frame",
+        &make_frame,
+        (arg("w"),
+         arg("s0"),
+         arg("wavelength"),
+         arg("s_min"),
+         arg("s_max"),
+         arg("ndiv"),
+         arg("exclusion"),
+         arg("z"),
+         arg("exposure")));
     class_<Accumulator, boost::noncopyable>("Accumulator", no_init)
-      .def("__init__", make_constructor(&make_accumulator, default_call_policies(),
-                                        (arg("half_size"), arg("n_threads") = 1)))
-      .def("add_image", &add_image<int>,
-           (arg("panel"), arg("frame"), arg("data")))
-      .def("add_image", &add_image<double>,
-           (arg("panel"), arg("frame"), arg("data")))
+      .def("__init__",
+           make_constructor(&make_accumulator,
+                            default_call_policies(),
+                            (arg("half_size"), arg("n_threads") = 1)))
+      .def("add_image", &add_image<int>, (arg("panel"), arg("frame"), arg("data")))
+      .def("add_image", &add_image<double>, (arg("panel"), arg("frame"), arg("data")))
       .def("finish", &finish);
     def("voxels", &voxels, (arg("half_size"), arg("panel"), arg("frame")));
   }
