@@ -31,6 +31,19 @@ def thin_shell(s: np.ndarray) -> np.ndarray:
     return np.floor(np.asarray(s) / THIN_SHELL).astype(np.int64)
 
 
+def interpolate_shells(s: np.ndarray, shell_mean: np.ndarray) -> np.ndarray:
+    """The isotropic part at each s, linear between the middles of the thin shells.
+
+    Args:
+        s: 1/d, Å⁻¹.
+        shell_mean: Mean of each shell of 0.01 Å⁻¹; shells with NaN are bridged.
+    """
+    known = np.flatnonzero(np.isfinite(shell_mean))
+    if len(known) == 0:
+        return np.full(np.shape(s), np.nan)
+    return np.interp(s, (known + 0.5) * THIN_SHELL, shell_mean[known])
+
+
 def shell_rate(counts: np.ndarray, normalisation: np.ndarray) -> np.ndarray:
     """Mean counts per unit normalisation of each shell, never zero.
 

@@ -21,7 +21,7 @@ from matplotlib.patches import Circle
 from matplotlib.transforms import Affine2D
 
 from dials_diffuse.grid import Grid
-from dials_diffuse.merging.estimate import THIN_SHELL
+from dials_diffuse.merging.estimate import interpolate_shells
 
 if TYPE_CHECKING:
     from dials_diffuse.io.maps import MapFile
@@ -94,15 +94,12 @@ def cut_layer(
             interpolated between their middles.
     """
     s = grid.s(layer_indices(grid, normal)).reshape(intensity.shape)
-    known = np.flatnonzero(np.isfinite(shell_mean))
-    middle = (known + 0.5) * THIN_SHELL
-    isotropic = np.interp(s, middle, shell_mean[known]) if len(known) else np.nan
     u, v = (i for i in range(3) if i != normal)
     ends = [(grid.half_size[i] + 0.5) / grid.ndiv[i] for i in (u, v)]
     return Layer(
         normal=normal,
         intensity=intensity,
-        anisotropic=intensity - isotropic,
+        anisotropic=intensity - interpolate_shells(s, shell_mean),
         extent=(-ends[0], ends[0], -ends[1], ends[1]),
         basis=layer_basis(grid, normal),
     )
@@ -131,6 +128,7 @@ def plot_layers(
         title: Title of the figure.
     """
     figure = Figure(figsize=(4.6 * len(layers) + 1.2, 9.6), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.1)
     axes = figure.subplots(2, len(layers), squeeze=False)
     intensity = _colour_limits([layer.intensity for layer in layers])
     largest = max(map(abs, _colour_limits([layer.anisotropic for layer in layers])))
@@ -144,6 +142,8 @@ def plot_layers(
         bar = figure.colorbar(image, ax=axes[row], shrink=0.85, pad=0.01, extend="both")
         bar.set_label(f"{label} ({units})")
         bar.formatter.set_powerlimits((-3, 4))
+    for ax in axes[1]:
+        ax.set_xlabel("Å⁻¹")
     figure.suptitle(title)
     figure.supxlabel("Grey: not observed. Circles: resolution in Å.", fontsize="small")
     return figure
@@ -187,7 +187,6 @@ def _draw(
     ax.set_aspect("equal")
     ax.set_xlim(-1.2 / d_min, 1.2 / d_min)
     ax.set_ylim(-1.2 / d_min, 1.2 / d_min)
-    ax.set_xlabel("Å⁻¹")
     ax.set_ylabel("Å⁻¹")
     return image
 

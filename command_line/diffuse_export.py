@@ -1,0 +1,166 @@
+# LIBTBX_SET_DISPATCHER_NAME dials.diffuse_export
+"""
+Export a merged map of diffuse scattering to the formats of other programs.
+
+A CCP4/MRC map shows reciprocal space in a viewer for electron density, such as Coot,
+ChimeraX or PyMOL: the origin of reciprocal space is at the origin of the coordinates, and
+1/Angstrom is drawn as ccp4.scale Angstrom. A numpy archive (npz) has all arrays of the
+map and its axes.
+
+Examples::
+
+  dials.diffuse_export merged.h5
+
+  dials.diffuse_export merged.h5 format=ccp4+npz what=anisotropic output.prefix=crystal
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any, Iterator, Sequence
+
+import numpy as np
+
+import libtbx.phil
+from libtbx.utils import Sorry
+
+import dials.util
+from dials.util.options import ArgumentParser
+from dials_diffuse.export.ccp4 import map_cell, write_ccp4
+from dials_diffuse.export.npz import write_npz
+from dials_diffuse.io.maps import MapFile
+from dials_diffuse.merging.estimate import interpolate_shells
+from dials_diffuse.merging.expansion import expand_to_p1
+from dials_diffuse.util.command import (
+    load_phil,
+    parse_arguments,
+    report_changes,
+    start_log,
+)
+from dials_diffuse.util.files import atomic_path
+
+logger = logging.getLogger("dials.diffuse.export")
+
+phil_scope = load_phil("export")
+
+# Our name of each quantity and the dense array that has it.
+BOXES = {
+    "map": "map/intensity",
+    "sigma": "map/intensity_errors",
+    "n_obs": "map/n_obs",
+    "half_1": "half_1/intensity",
+    "half_2": "half_2/intensity",
+}
+
+
+def anisotropic_box(handle: MapFile) -> np.ndarray:
+    """The intensity less its mean in shells of 0.01 Å⁻¹, axes h, k, l."""
+    shell_mean = handle.table("isotropic")["intensity"]
+
+    def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for block in handle.blocks(["index", "intensity"]):
+            s = handle.grid.s(block["index"])
+            yield block["index"], block["intensity"] - interpolate_shells(s, shell_mean)
+
+    return expand_to_p1(handle.grid, blocks())
+
+
+def export_ccp4(handle: MapFile, what: str, params: Any, prefix: str) -> None:
+    """Write a quantity as a CCP4 map."""
+    grid = handle.grid
+    box = anisotropic_box(handle) if what == "anisotropic" else handle.box(BOXES[what])
+    missing = ~np.isfinite(box) if what != "n_obs" else box == 0
+    n_missing = int(np.count_nonzero(missing))
+    if what != "n_obs":
+        box[missing] = params.ccp4.fill
+    del missing
+    path = f"{prefix}.ccp4" if what == "map" else f"{prefix}_{what}.ccp4"
+    labels = [
+        f"dials.diffuse_export: {what} of {Path(handle.path).name}",
+        f"Reciprocal space, 1/Angstrom = {params.ccp4.scale:g} Angstrom",
+        "Cell " + " ".join(f"{x:.4f}" for x in grid.unit_cell),
+        f"Voxels per reciprocal cell {' '.join(map(str, grid.ndiv))}",
+        f"Laue group {grid.laue_group.info()}, d_min {grid.d_min:g}",
+        f"{n_missing} voxels not observed, set to {params.ccp4.fill:g}",
+    ]
+    with atomic_path(path) as temporary:
+        write_ccp4(temporary, grid, box, params.ccp4.scale, labels)
+    logger.info(
+        "%s written to %s: cell %s; %d of %d voxels were not observed or lie beyond d_min "
+        "and are set to %g",
+        what,
+        path,
+        " ".join(f"{x:.2f}" for x in map_cell(grid, params.ccp4.scale)),
+        n_missing,
+        math.prod(grid.shape),
+        0 if what == "n_obs" else params.ccp4.fill,
+    )
+
+
+def npz_arrays(handle: MapFile) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and values of the arrays of the archive, one after the other."""
+    grid = handle.grid
+    yield from zip("hkl", grid.axes())
+    yield "unit_cell", np.array(grid.unit_cell)
+    yield "ndiv", np.array(grid.ndiv)
+    yield "space_group", np.array(grid.space_group)
+    for what, name in BOXES.items():
+        yield ("intensity" if what == "map" else what), handle.box(name)
+
+
+def export_npz(handle: MapFile, prefix: str) -> None:
+    """Write all arrays as a numpy archive."""
+    path = f"{prefix}.npz"
+    with atomic_path(path) as temporary:
+        write_npz(temporary, npz_arrays(handle))
+    logger.info("All arrays written to %s", path)
+
+
+def check_arguments(params: Any, files: Sequence[str]) -> None:
+    """Check that one map and something to do with it were given.
+
+    Raises:
+        ValueError: They were not.
+    """
+    errors = []
+    if len(files) != 1:
+        errors.append(
+            f"Please give one map (.h5 of dials.diffuse_merge), not {len(files)}"
+        )
+    if not params.format:
+        errors.append("Please give a format: format=ccp4, npz or ccp4+npz")
+    if "ccp4" in params.format and not params.what:
+        errors.append("Please say what to write as CCP4 maps, for example what=map")
+    if not math.isfinite(params.ccp4.fill):
+        errors.append("ccp4.fill must be a finite number: viewers cannot read others")
+    if errors:
+        raise ValueError("\n".join(errors))
+
+
+@dials.util.show_mail_handle_errors()
+def run(
+    args: Sequence[str] | None = None, phil: libtbx.phil.scope = phil_scope
+) -> None:
+    """Run dials.diffuse_export as from the command line."""
+    usage = "dials.diffuse_export [options] merged.h5"
+    parser = ArgumentParser(usage=usage, phil=phil, epilog=__doc__)
+    try:
+        params, options, files = parse_arguments(parser, args)
+        start_log(params, options)
+        report_changes(parser)
+        check_arguments(params, files)
+        with MapFile(files[0]) as handle:
+            prefix = params.output.prefix or Path(files[0]).stem
+            if "ccp4" in params.format:
+                for what in params.what:
+                    export_ccp4(handle, what, params, prefix)
+            if "npz" in params.format:
+                export_npz(handle, prefix)
+    except ValueError as e:
+        raise Sorry(e) from None
+
+
+if __name__ == "__main__":
+    run()
