@@ -143,18 +143,27 @@ class MapWriter:
             stop = min(start + max_rows, self.n_voxels)
             yield start, {name: self._asu[name][start:stop] for name in names}
 
-    def write_box(self, name: str, values: np.ndarray) -> None:
-        """Write one of the dense arrays ``BOXES``, axes h, k, l."""
+    def write_box(self, name: str, values: np.ndarray, numbers: np.ndarray) -> None:
+        """Write one of the dense arrays ``BOXES``, axes h, k, l.
+
+        Args:
+            name: Name of the array.
+            values: The values that occur in it, shape (n,).
+            numbers: Which of them each voxel has, of the shape of the grid.
+        """
         dtype, fill, units, meaning = BOXES[name]
         dataset = self._entry.create_dataset(
             name,
-            data=values,
+            shape=numbers.shape,
             dtype=dtype,
-            chunks=tuple(min(BOX_CHUNK, n) for n in values.shape),
+            chunks=tuple(min(BOX_CHUNK, n) for n in numbers.shape),
             fillvalue=fill,
             **COMPRESSION,
         )
         _describe(dataset, units, meaning)
+        for start in range(0, len(numbers), dataset.chunks[0]):
+            planes = slice(start, start + dataset.chunks[0])
+            dataset[planes] = values[numbers[planes]]
 
     def write_table(
         self,

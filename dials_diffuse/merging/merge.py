@@ -4,9 +4,11 @@
    for the memory, the tables are read several times, each time for a range of voxels.
 2. Intensities and errors are formed from the sums.
 3. The halves are compared in resolution shells.
-4. The unique voxels are spread over the sphere, one dense array at a time.
+4. The unique voxels are spread over the sphere.
 
-Between the steps the voxels are kept by the writer, which has them on disk.
+The only dense array in memory is the one that leads from each voxel of the bounding box
+to its unique voxel. Between the steps the unique voxels are kept by the writer, which has
+them on disk.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from dials.array_family import flex
 from dials.util import progress
 from dials_diffuse.grid import Grid
 from dials_diffuse.merging import estimate, sums
-from dials_diffuse.merging.expansion import expand_to_p1
 from dials_diffuse.merging.statistics import (
     IsotropicMean,
     MergingStatistics,
@@ -31,9 +32,8 @@ from dials_diffuse.merging.statistics import (
 
 logger = logging.getLogger("dials.diffuse.merge")
 
-# Rows of the observation table and voxels of the list that are in memory at once.
+# Rows of the observation tables that are in memory at once.
 ROWS_PER_SLAB = 1_000_000
-VOXELS_PER_BLOCK = 1 << 20
 
 REQUIRED_COLUMNS = (
     "miller_index",
@@ -99,7 +99,7 @@ class VoxelStore(Protocol):
         self, names: Sequence[str], max_rows: int
     ) -> Iterator[tuple[int, dict[str, np.ndarray]]]: ...
 
-    def write_box(self, name: str, values: np.ndarray) -> None: ...
+    def write_box(self, name: str, values: np.ndarray, numbers: np.ndarray) -> None: ...
 
     def write_table(
         self,
@@ -129,10 +129,12 @@ def merge(
     check_tables(tables)
     grid = tables[0].grid
     voxels = sums.unique_voxels(grid)
-    rate = sum_observations(tables, voxels, settings, store)
+    numbers = sums.number_voxels(grid, voxels)
+    observed, rate = sum_observations(tables, voxels, numbers, settings, store)
     mean = estimate_intensities(grid, rate, store)
     statistics = compare_halves(grid, voxels, mean, settings.n_shells, store)
     write_tables(statistics, mean, store)
+    renumber(numbers, observed, len(voxels))
     for name, column, dtype, fill in (
         ("map/intensity", "intensity", "float32", np.nan),
         ("map/intensity_errors", "sigma", "float32", np.nan),
@@ -140,10 +142,26 @@ def merge(
         ("half_1/intensity", "half_1/intensity", "float32", np.nan),
         ("half_2/intensity", "half_2/intensity", "float32", np.nan),
     ):
-        blocks = store.blocks(["index", column], VOXELS_PER_BLOCK)
-        pairs = ((block["index"], block[column]) for _, block in blocks)
-        store.write_box(name, expand_to_p1(grid, pairs, dtype, fill))
+        blocks = store.blocks([column], sums.VOXELS_PER_BLOCK)
+        values = [block[column].astype(dtype) for _, block in blocks]
+        # The number -1 of a voxel that was not observed takes the last value.
+        values.append(np.array([fill], dtype))
+        store.write_box(name, np.concatenate(values), numbers)
     return statistics
+
+
+def renumber(numbers: np.ndarray, observed: np.ndarray, n_voxels: int) -> None:
+    """Change places among all unique voxels to places among the observed ones.
+
+    Args:
+        numbers: Places among all, -1 for none; changed in place.
+        observed: Place among all of each observed voxel, ascending.
+        n_voxels: Number of all unique voxels.
+    """
+    table = np.full(n_voxels + 1, -1, dtype=np.int32)
+    table[observed] = np.arange(len(observed))
+    for plane in numbers:
+        plane[...] = table[plane]
 
 
 def check_tables(tables: Sequence[ObservationTable]) -> None:
@@ -179,33 +197,46 @@ def check_tables(tables: Sequence[ObservationTable]) -> None:
 def sum_observations(
     tables: Sequence[ObservationTable],
     voxels: np.ndarray,
+    numbers: np.ndarray,
     settings: MergingSettings,
     store: VoxelStore,
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
     """Add up the observations of each unique voxel, and append them to the store.
 
+    Args:
+        tables: The tables.
+        voxels: All unique voxels, packed.
+        numbers: Place of the unique voxel of each voxel of the bounding box.
+        settings: How to merge.
+        store: Gets the voxels that were observed.
+
     Returns:
-        Mean counts per unit normalisation in shells of 0.01 Å⁻¹.
+        observed: Place among all unique voxels of the observed ones.
+        rate: Mean counts per unit normalisation in shells of 0.01 Å⁻¹.
     """
     grid = tables[0].grid
     shells = IsotropicMean(_s_limit(grid), ("counts", "normalisation"))
-    n_obs = n_added = 0
+    observed = []
+    n_added = 0
     for start in range(0, len(voxels), settings.voxels_per_pass):
-        part = voxels[start : start + settings.voxels_per_pass]
-        accumulator = sums.Accumulator(part, grid)
+        stop = min(start + settings.voxels_per_pass, len(voxels))
+        accumulator = sums.Accumulator(start, stop)
         n_obs = 0
         for observations, half in read_observations(tables, settings.seed, start == 0):
-            n_obs += len(observations.experiment)
-            n_added += accumulator.add(observations, half)
-        observed = accumulator.observed()
+            number = numbers.reshape(-1)[grid.key(observations.index)]
+            n_obs += len(number)
+            n_added += accumulator.add(observations, number, half)
+        places, columns = accumulator.observed()
         del accumulator
-        _append(observed, grid, store, shells)
+        _append(sums.unpack(voxels[places]), columns, grid, store, shells)
+        observed.append(places)
     if n_added != n_obs:
         raise ValueError(
             f"{n_obs - n_added} of {n_obs} observations lie beyond d_min={grid.d_min:g} "
             "of their own grid: the table is damaged, extract it again"
         )
-    return estimate.shell_rate(shells.total["counts"], shells.total["normalisation"])
+    rate = estimate.shell_rate(shells.total["counts"], shells.total["normalisation"])
+    return np.concatenate(observed), rate
 
 
 def _s_limit(grid: Grid) -> float:
@@ -214,22 +245,21 @@ def _s_limit(grid: Grid) -> float:
 
 
 def _append(
-    observed: dict[str, np.ndarray],
+    index: np.ndarray,
+    halves: Mapping[str, np.ndarray],
     grid: Grid,
     store: VoxelStore,
     shells: IsotropicMean,
 ) -> None:
     """Append observed voxels to the store, and add their sums to the thin shells."""
-    for start in range(0, len(observed["index"]), VOXELS_PER_BLOCK):
-        part = slice(start, start + VOXELS_PER_BLOCK)
-        index = observed["index"][part]
-        s = grid.s(index)
+    for start in range(0, len(index), sums.VOXELS_PER_BLOCK):
+        part = slice(start, start + sums.VOXELS_PER_BLOCK)
+        s = grid.s(index[part])
         d = np.divide(1.0, s, out=np.full(len(s), np.inf), where=s > 0)
-        columns = {"index": index, "d": d}
-        for name in (*sums.SUMS, "n_obs"):
-            halves = observed[name][:, part]
-            columns[name] = halves.sum(axis=0)
-            columns.update({h + name: v for h, v in zip(HALF_NAMES, halves)})
+        columns = {"index": index[part], "d": d}
+        for name, values in halves.items():
+            columns[name] = values[:, part].sum(axis=0)
+            columns.update({h + name: v for h, v in zip(HALF_NAMES, values[:, part])})
         store.append(columns)
         shells.add(s, columns)
 
@@ -341,7 +371,7 @@ def estimate_intensities(
     prefixes = ("", *HALF_NAMES)
     mean = IsotropicMean(_s_limit(grid), tuple(p + "intensity" for p in prefixes))
     names = [p + name for p in prefixes for name in sums.SUMS if name != "n_pixels"]
-    for start, block in store.blocks(["index", *names], VOXELS_PER_BLOCK):
+    for start, block in store.blocks(["index", *names], sums.VOXELS_PER_BLOCK):
         s = grid.s(block["index"])
         result = {}
         for p in prefixes:
@@ -382,7 +412,7 @@ def compare_halves(
     del possible
     half_1, half_2 = (name + "intensity" for name in HALF_NAMES)
     names = ["index", "n_obs", "intensity", "sigma", half_1, half_2]
-    for _, block in store.blocks(names, VOXELS_PER_BLOCK):
+    for _, block in store.blocks(names, sums.VOXELS_PER_BLOCK):
         s = grid.s(block["index"])
         inside = grid.in_resolution_range(s)
         s, block = s[inside], {name: values[inside] for name, values in block.items()}
@@ -396,8 +426,8 @@ def compare_halves(
 def _in_range(grid: Grid, voxels: np.ndarray) -> np.ndarray:
     """s of those packed voxels whose centres lie in the resolution range."""
     parts = []
-    for start in range(0, len(voxels), VOXELS_PER_BLOCK):
-        s = grid.s(sums.unpack(voxels[start : start + VOXELS_PER_BLOCK]))
+    for start in range(0, len(voxels), sums.VOXELS_PER_BLOCK):
+        s = grid.s(sums.unpack(voxels[start : start + sums.VOXELS_PER_BLOCK]))
         parts.append(s[grid.in_resolution_range(s)])
     return np.concatenate(parts)
 

@@ -5,25 +5,26 @@ observations: a voxel seen by one experiment, which is a sweep or a still. Each
 observation falls into one of two halves by a hash of its voxel, its experiment and a
 seed, so that the choice depends neither on the order of the rows nor on how they are
 read. The sums of the observations of all symmetry-equivalent voxels are then added up
-under the equivalent in the asymmetric unit, in the order of the rows: the result does
-not depend, to the last bit, on the size of the slabs.
+under one unique voxel, in the order of the rows: the result does not depend, to the last
+bit, on the size of the slabs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from typing import Mapping, Sequence
+from typing import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from dials_diffuse import symmetry
 from dials_diffuse.grid import Grid
+from dials_diffuse.merging.expansion import expand_to_p1
 
 # What is summed for each half: photons, photons, photons^2, s.sr, numbers.
 SUMS = ("counts", "background", "background_variance", "normalisation", "n_pixels")
 
-HALVES = (0, 1)
+# Unique voxels that are handled at once.
+VOXELS_PER_BLOCK = 1 << 20
 
 # Half voxel diagonals beyond d_min where a voxel may still hold pixels: a little more
 # than 1, for a reference cell that obeys its symmetry only approximately.
@@ -144,60 +145,69 @@ def unique_voxels(grid: Grid) -> np.ndarray:
     return np.sort(np.append(packed, pack(np.zeros((1, 3)))))
 
 
-class Accumulator:
-    """Adds up observations under the symmetry-unique voxels of a list.
+def number_voxels(grid: Grid, voxels: np.ndarray) -> np.ndarray:
+    """The place in the list of unique voxels for each voxel of the bounding box.
 
     Args:
-        voxels: Packed indices of the unique voxels, ascending, shape (n,).
-        grid: The grid of the observations.
+        grid: The grid.
+        voxels: Packed unique voxels, from ``unique_voxels``.
 
-    Attributes:
-        sums: Each of ``SUMS``, and ``n_obs``, float64 or int64, shape (2, n): one row
-            for each half.
+    Returns:
+        int32 array of the shape of the grid, -1 where a voxel has no place.
     """
 
-    def __init__(self, voxels: np.ndarray, grid: Grid) -> None:
-        self.voxels = voxels
-        self._laue_group = grid.laue_group
+    def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start in range(0, len(voxels), VOXELS_PER_BLOCK):
+            stop = min(start + VOXELS_PER_BLOCK, len(voxels))
+            yield unpack(voxels[start:stop]), np.arange(start, stop)
+
+    return expand_to_p1(grid, blocks(), "int32", -1)
+
+
+class Accumulator:
+    """Adds up observations under a range of the unique voxels.
+
+    Args:
+        start: First voxel of the range, by its place in the list of unique voxels.
+        stop: One beyond the last voxel.
+
+    Attributes:
+        sums: Each of ``SUMS``, and ``n_obs``, float64 or int64, shape
+            (2, stop - start): one row for each half.
+    """
+
+    def __init__(self, start: int, stop: int) -> None:
+        self.start, self.stop = start, stop
         dtypes = dict.fromkeys(SUMS, np.float64)
         dtypes.update(n_pixels=np.int64, n_obs=np.int64)
         self.sums = {
-            name: np.zeros((2, len(voxels)), dtype) for name, dtype in dtypes.items()
+            name: np.zeros((2, stop - start), dtype) for name, dtype in dtypes.items()
         }
 
-    def add(self, observations: Observations, half: np.ndarray) -> int:
-        """Add observations that belong to the voxels of the list.
+    def add(
+        self, observations: Observations, number: np.ndarray, half: np.ndarray
+    ) -> int:
+        """Add the observations that belong to the range.
 
         Args:
-            observations: The observations, equal voxels adjacent.
-            half: The half of each, 0 or 1.
+            observations: The observations.
+            number: Place of the unique voxel of each, shape (n,).
+            half: The half of each, 0 or 1, shape (n,).
 
         Returns:
-            Number of observations added; the others belong to voxels not in the list.
+            Number of observations added.
         """
-        place, known = self._find(observations.index)
-        place = half[known] * len(self.voxels) + place[known]
+        mine = (number >= self.start) & (number < self.stop)
+        place = half[mine] * (self.stop - self.start) + number[mine] - self.start
         for name in SUMS:
             # In the order of the observations, so that slabs leave no trace.
-            values = observations.sums[name][known]
             total = self.sums[name].reshape(-1)
-            np.add.at(total, place, values.astype(total.dtype, copy=False))
+            values = observations.sums[name][mine].astype(total.dtype, copy=False)
+            np.add.at(total, place, values)
         np.add.at(self.sums["n_obs"].reshape(-1), place, 1)
         return len(place)
 
-    def _find(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Place in the list of each observation, and whether it is in the list."""
-        new = np.ones(len(index), dtype=bool)
-        new[1:] = np.any(np.diff(index, axis=0) != 0, axis=1)
-        unique = pack(symmetry.map_to_asu(index[new], self._laue_group))
-        place = np.searchsorted(self.voxels, unique)
-        place[place == len(self.voxels)] = 0
-        known = self.voxels[place] == unique
-        voxel = np.cumsum(new) - 1
-        return place[voxel], known[voxel]
-
-    def observed(self) -> dict[str, np.ndarray]:
-        """The voxels with observations: their ``index`` and their sums, shape (2, n)."""
-        seen = self.sums["n_obs"].sum(axis=0) > 0
-        sums = {name: values[:, seen] for name, values in self.sums.items()}
-        return {"index": unpack(self.voxels[seen]), **sums}
+    def observed(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Places of the voxels that have observations, and their sums, shape (2, n)."""
+        seen = np.flatnonzero(self.sums["n_obs"].any(axis=0))
+        return self.start + seen, {name: v[:, seen] for name, v in self.sums.items()}
