@@ -29,6 +29,16 @@ GASES: dict[str, dict[str, float]] = {
 ATOMIC_MASS = {"N": 14.007, "O": 15.999, "Ar": 39.948, "He": 4.002602}  # g/mol
 
 
+def project(vector: np.ndarray, r: np.ndarray) -> np.ndarray:
+    """Scalar product of one vector with many, shape (3, ...) -> (...)."""
+    return vector[0] * r[0] + vector[1] * r[1] + vector[2] * r[2]
+
+
+def length(r: np.ndarray) -> np.ndarray:
+    """Lengths of vectors, shape (3, ...) -> (...)."""
+    return np.sqrt(r[0] * r[0] + r[1] * r[1] + r[2] * r[2])
+
+
 def polarization(
     e: np.ndarray, s0: np.ndarray, normal: np.ndarray, fraction: float
 ) -> np.ndarray:
@@ -50,9 +60,11 @@ def polarization(
     """
     e0 = np.asarray(s0) / np.linalg.norm(s0)
     n = np.asarray(normal) / np.linalg.norm(normal)
-    cos_normal = np.tensordot(n, e, axes=1)
-    cos_two_theta = np.tensordot(e0, e, axes=1)
-    return (1 - 2 * fraction) * (1 - cos_normal**2) + fraction * (1 + cos_two_theta**2)
+    cos_normal = project(n, e)
+    cos_two_theta = project(e0, e)
+    return (1 - 2 * fraction) * (1 - cos_normal * cos_normal) + fraction * (
+        1 + cos_two_theta * cos_two_theta
+    )
 
 
 def solid_angle(
@@ -65,9 +77,9 @@ def solid_angle(
         normal: Unit normal of the panel.
         pixel_size: Size of a pixel along fast and slow, mm.
     """
-    distance = np.sqrt(np.sum(position**2, axis=0))
+    distance = length(position)
     area = pixel_size[0] * pixel_size[1]
-    return area * np.abs(np.tensordot(normal, position, axes=1)) / distance**3
+    return area * np.abs(project(normal, position)) / (distance * distance * distance)
 
 
 def sensor_efficiency(
@@ -85,7 +97,7 @@ def sensor_efficiency(
     """
     if not mu * thickness > 0:
         return 1.0
-    return -np.expm1(-mu * thickness / np.abs(np.tensordot(normal, e, axes=1)))
+    return -np.expm1(-mu * thickness / np.abs(project(normal, e)))
 
 
 def gas_attenuation(
@@ -122,4 +134,4 @@ def gas_transmission(position: np.ndarray, mu: float) -> np.ndarray | float:
     """
     if mu == 0:
         return 1.0
-    return np.exp(-mu * np.sqrt(np.sum(position**2, axis=0)))
+    return np.exp(-mu * length(position))

@@ -8,13 +8,11 @@
  *
  * Pixels that are masked, untrusted, outside the resolution limits, outside the grid or
  * within the exclusion ellipsoid of a Bragg position add nothing to any sum. The others
- * add their value to `value`, their normalisation to `normalisation`, 1 to `n_pixels`,
- * and their position to the sums of x, y and z.
+ * add their value, their weight, 1 to `n_pixels`, and their position.
  *
- * Values, weights and coordinates are integers (weights in units of 2^-30 of the
- * panel's largest), so their sums are exact in any order and the result does not depend
- * on the number of threads. Only images of floating-point values are summed with
- * rounding.
+ * Values, weights and coordinates are integers or half-integers, so their sums are
+ * exact in any order and the result does not depend on the number of threads. Only
+ * images of floating-point values are summed with rounding.
  *
  * Free of Python; threads are std::thread. OpenMP must not be used: the stubs in cctbx'
  * libomptbx make every thread run the whole loop. */
@@ -47,11 +45,9 @@ namespace dials_diffuse {
  * first. A weight of zero marks a masked pixel. */
 struct PanelView {
   const float *ex, *ey, *ez;  // pixel directions, unit vectors
-  const int *weight;  // P x solid angle x efficiency x air transmission / weight_unit
-  double weight_unit;
+  const int *weight;          // normalisation, in any unit; zero marks a masked pixel
   int nfast, nslow;
-  double trusted_min, trusted_max;  // inclusive, in units of the raw image
-  double gain, pedestal;            // photons = (value - pedestal) / gain
+  double trusted_min, trusted_max;  // inclusive
 };
 
 /* The grid's bounding box: voxel indices from -half to half on each axis.
@@ -100,20 +96,19 @@ struct Frame {
   /* Exclusion ellipsoid g(dh, dh) < 1 with dh = h/ndiv - nearest integer; symmetric
    * matrix as g11, g22, g33, g12, g13, g23. */
   float g[6];
-  double z;         // frame number of the centre of the image
-  double exposure;  // factor on the normalisation
+  double z;  // frame number of the centre of the image
 };
 
 /* The sums of one voxel. */
 struct Sums {
   int64_t voxel;  // its place; in results, its number in the C-ordered box
-  double value, normalisation, x, y, z;
+  double value, weight, x, y, z;
   int64_t n_pixels;
 };
 
 inline void add(Sums &to, const Sums &from) {
   to.value += from.value;
-  to.normalisation += from.normalisation;
+  to.weight += from.weight;
   to.x += from.x;
   to.y += from.y;
   to.z += from.z;
@@ -334,48 +329,52 @@ struct Row {
 
 /* Adds the runs of one row to their voxels: neighbouring pixels mostly share one. */
 template <typename T>
-void add_runs(const PanelView &p,
-              const Frame &f,
-              Row<T> &row,
-              int row_number,
-              VoxelTable &table) {
-  const double inv_gain = 1.0 / p.gain;
-  const double unit = p.weight_unit * f.exposure;
+void add_runs(Row<T> &row, double y, double z, VoxelTable &table) {
   const int n_runs = row.find_runs();
   for (int r = 0; r < n_runs; ++r) {
     const int begin = row.begin[r], end = row.end[r];
     const double n = end - begin;
     Sums &sums = table.find(row.places[begin]);
-    sums.value +=
-      (double(row.values[end] - row.values[begin]) - n * p.pedestal) * inv_gain;
-    sums.normalisation += double(row.weights[end] - row.weights[begin]) * unit;
+    sums.value += double(row.values[end] - row.values[begin]);
+    sums.weight += double(row.weights[end] - row.weights[begin]);
     sums.x += 0.5 * n * (begin + end);  // pixel centres are at i + 1/2
-    sums.y += n * (row_number + 0.5);
-    sums.z += n * f.z;
+    sums.y += n * y;
+    sums.z += n * z;
     sums.n_pixels += end - begin;
   }
 }
 
-/* Adds the rows first..last-1 of a panel. */
+/* An image of a panel and its frame */
+template <typename T>
+struct Image {
+  Frame frame;
+  const T *data;
+};
+
+/* Adds the rows first..last-1 of a panel. Each row is done for all images before the
+ * next: what neighbouring frames share, geometry and voxels, is then still at hand. */
 template <typename T>
 void add_rows(const PanelView &p,
-              const Frame &f,
+              const std::vector<Image<T> > &images,
               const Box &box,
-              const T *data,
               int first,
               int last,
               VoxelTable &table) {
   Row<T> r(p.nfast);
+  int *places = &r.places[0];
   T lowest, highest;
   trusted_limits(p, lowest, highest);
   for (int row = first; row < last; ++row) {
     const std::size_t at = std::size_t(row) * p.nfast;
-    int *places = &r.places[0];
-    voxel_places(f, box, p.ex + at, p.ey + at, p.ez + at, p.nfast, places);
-    reject(data + at, p.weight + at, lowest, highest, p.nfast, places);
-    add_up(data + at, places, p.nfast, r.values);
     add_up(p.weight + at, places, p.nfast, r.weights);
-    add_runs(p, f, r, row, table);
+    for (std::size_t i = 0; i < images.size(); ++i) {
+      const Frame &f = images[i].frame;
+      const T *data = images[i].data + at;
+      voxel_places(f, box, p.ex + at, p.ey + at, p.ez + at, p.nfast, places);
+      reject(data, p.weight + at, lowest, highest, p.nfast, places);
+      add_up(data, places, p.nfast, r.values);
+      add_runs(r, row + 0.5, f.z, table);
+    }
   }
 }
 
@@ -408,13 +407,13 @@ public:
     tables_.assign(n_threads, VoxelTable(box));
   }
 
-  /* Adds an image of the panel; the rows are dealt out to the threads in bands. */
+  /* Adds images of the panel; the rows are dealt out to the threads in bands. */
   template <typename T>
-  void add(const PanelView &p, const Frame &f, const T *data) {
+  void add(const PanelView &p, const std::vector<Image<T> > &images) {
     std::vector<std::thread> team;
     for (std::size_t t = 1; t < tables_.size(); ++t)
-      team.push_back(std::thread(&Accumulator::band<T>, this, t, p, f, data));
-    band(0, p, f, data);
+      team.push_back(std::thread([&, t]() { band(t, p, images); }));
+    band(0, p, images);
     for (std::size_t t = 0; t < team.size(); ++t)
       team[t].join();
   }
@@ -447,10 +446,10 @@ public:
 
 private:
   template <typename T>
-  void band(std::size_t t, PanelView p, Frame f, const T *data) {
+  void band(std::size_t t, const PanelView &p, const std::vector<Image<T> > &images) {
     const int64_t n = tables_.size();
-    add_rows(
-      p, f, box_, data, int(p.nslow * t / n), int(p.nslow * (t + 1) / n), tables_[t]);
+    const int first = int(p.nslow * t / n), last = int(p.nslow * (t + 1) / n);
+    add_rows(p, images, box_, first, last, tables_[t]);
   }
 
   Box box_;

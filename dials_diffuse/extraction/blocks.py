@@ -18,10 +18,12 @@ class Block:
     Attributes:
         experiment: Number of the experiment in its list.
         array_indices: Array indices of the images in the scan; 0 for a still without.
+        exposure: Exposure time of each of the images, s; 1 where they do not say.
     """
 
     experiment: int
     array_indices: range
+    exposure: float
 
     def __len__(self) -> int:
         return len(self.array_indices)
@@ -56,10 +58,21 @@ def image_number(experiment: Experiment, array_index: int) -> int:
     return number
 
 
+def exposure_times(experiment: Experiment) -> list[float]:
+    """Exposure of each image of the scan in s, 1 where it is not known."""
+    if experiment.scan is None:
+        return [1.0]
+    times = list(experiment.scan.get_exposure_times())
+    times += [0.0] * (experiment.scan.get_num_images() - len(times))
+    return [time if time > 0 else 1.0 for time in times]
+
+
 def experiment_blocks(
     number: int, experiment: Experiment, block_width: float
 ) -> Iterator[Block]:
     """The blocks of an experiment, in the order of its images.
+
+    A block also ends where the exposure time changes.
 
     Args:
         number: Number of the experiment in its list.
@@ -67,12 +80,17 @@ def experiment_blocks(
         block_width: Width of a block in degrees, rounded to whole images, at least one.
     """
     scan = experiment.scan
-    first, last = scan.get_array_range() if scan else (0, 1)
+    first = scan.get_array_range()[0] if scan else 0
     size = 1
     if not experiment.is_still():
         size = max(1, round(block_width / abs(scan.get_oscillation()[1])))
-    for start in range(first, last, size):
-        yield Block(number, range(start, min(start + size, last)))
+    times = exposure_times(experiment)
+    start = 0
+    for stop in range(1, len(times) + 1):
+        full = stop - start == size
+        if stop == len(times) or full or times[stop] != times[start]:
+            yield Block(number, range(first + start, first + stop), times[start])
+            start = stop
 
 
 def make_blocks(experiments: ExperimentList, block_width: float) -> list[Block]:

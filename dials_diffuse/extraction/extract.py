@@ -22,7 +22,12 @@ from dials_diffuse.extraction.blocks import Block, make_blocks
 from dials_diffuse.extraction.loop import accumulate_block
 from dials_diffuse.extraction.runs import merge_runs, write_runs
 from dials_diffuse.extraction.settings import ExtractionSettings
-from dials_diffuse.extraction.tables import TableKey, detector_tables, table_key
+from dials_diffuse.extraction.tables import (
+    PanelTable,
+    TableKey,
+    detector_tables,
+    table_key,
+)
 from dials_diffuse.grid import Grid
 from dials_diffuse.io.observations import ObservationWriter
 
@@ -58,7 +63,7 @@ _job: Job | None = None
 
 
 @functools.lru_cache(maxsize=CACHED_TABLES)
-def _tables(key: TableKey) -> list[ext.Panel]:
+def _tables(key: TableKey) -> list[PanelTable]:
     """Detector arrays of a key, made when first needed."""
     number = _job.keys.index(key)
     return detector_tables(_job.experiments[number], _job.settings)
@@ -70,17 +75,14 @@ def _blocks_of_task(
     """The observations of each block; adds their number to the totals."""
     accumulators: list[ext.Accumulator] = []
     for block in blocks:
-        tables = _tables(_job.keys[block.experiment])
-        # one accumulator for each panel, unless it can be emptied after each panel
-        while len(accumulators) < (len(tables) if len(block) > 1 else 1):
-            accumulators.append(ext.Accumulator(_job.grid.half_size, _job.n_threads))
         rows = accumulate_block(
             block,
             _job.experiments[block.experiment],
-            tables,
-            accumulators if len(block) > 1 else accumulators[:1],
+            _tables(_job.keys[block.experiment]),
+            accumulators,
             _job.grid,
             _job.settings,
+            _job.n_threads,
         )
         totals["images"] += len(block)
         totals["pixels"] += int(rows["n_pixels"].sum())

@@ -7,13 +7,16 @@ from typing import Sequence
 import numpy as np
 
 from dxtbx import flumpy
-from dxtbx.model import Experiment
+from dxtbx.model import Detector, Experiment
 
 import dials_diffuse_ext as ext
 from dials_diffuse.extraction.blocks import Block, image_number
 from dials_diffuse.extraction.settings import ExtractionSettings
+from dials_diffuse.extraction.tables import PanelTable
 from dials_diffuse.geometry.orientation import FrameModel, frame_model
 from dials_diffuse.grid import Grid
+
+BATCH_PIXELS = 64_000_000  # of raw images held in memory, 4 bytes each
 
 # The sums of one observation: ``key`` is the voxel's place in the grid's bounding box,
 # x, y and z are sums over the pixels (px, px, images).
@@ -46,7 +49,6 @@ def loop_frame(
         ndiv=tuple(map(float, grid.ndiv)),
         exclusion=settings.bragg.metric(experiment.crystal.get_unit_cell()),
         z=model.z,
-        exposure=model.exposure if settings.corrections.exposure else 1.0,
     )
 
 
@@ -68,13 +70,22 @@ def read_image(experiment: Experiment, array_index: int) -> tuple:
         ) from e
 
 
+def batches(block: Block, detector: Detector) -> list[range]:
+    """The images of a block, as many at a time as may be held in memory."""
+    n_pixels = sum(int(np.prod(panel.get_image_size())) for panel in detector)
+    size = max(1, BATCH_PIXELS // n_pixels)
+    starts = range(0, len(block), size)
+    return [block.array_indices[start : start + size] for start in starts]
+
+
 def accumulate_block(
     block: Block,
     experiment: Experiment,
-    tables: Sequence[ext.Panel],
-    accumulators: Sequence[ext.Accumulator],
+    tables: Sequence[PanelTable],
+    accumulators: list[ext.Accumulator],
     grid: Grid,
     settings: ExtractionSettings,
+    n_threads: int = 1,
 ) -> np.ndarray:
     """The observations of a block.
 
@@ -82,36 +93,56 @@ def accumulate_block(
         block: Which images.
         experiment: Their experiment.
         tables: Its detector's arrays, one per panel.
-        accumulators: Empty accumulators for the grid, one per panel; left empty. One
-            for all will do if the block is a single image.
+        accumulators: Empty accumulators for the grid, left empty; more are appended
+            when needed. Pass the same list again, so that their memory is used again.
         grid: The voxel grid.
         settings: The settings of extraction.
+        n_threads: Threads of new accumulators.
 
     Returns:
         Array of dtype ``SUMS``, ordered by panel and voxel.
     """
-    parts: list[np.ndarray] = []
-    for array_index in block.array_indices:
-        model = frame_model(experiment, array_index)
-        frame = loop_frame(model, experiment, grid, settings)
-        data = read_image(experiment, array_index)
-        last = array_index == block.array_indices[-1]
-        for number, (panel, pixels) in enumerate(zip(tables, data)):
-            accumulator = accumulators[number % len(accumulators)]
-            accumulator.add_image(panel, frame, pixels)
-            if last:
-                parts.append(sum_rows(accumulator.finish(), block.experiment, number))
+    parts = []
+    exposure = block.exposure if settings.corrections.exposure else 1.0
+    all_batches = batches(block, experiment.detector)
+    # if all images are in memory, one accumulator can serve panel after panel
+    n_needed = 1 if len(all_batches) == 1 else len(tables)
+    while len(accumulators) < n_needed:
+        accumulators.append(ext.Accumulator(grid.half_size, n_threads))
+    for indices in all_batches:
+        frames = [
+            loop_frame(frame_model(experiment, i), experiment, grid, settings)
+            for i in indices
+        ]
+        images = [read_image(experiment, i) for i in indices]
+        for number, table in enumerate(tables):
+            accumulator = accumulators[number % n_needed]
+            accumulator.add_images(table.panel, frames, [i[number] for i in images])
+            if indices is all_batches[-1]:
+                sums = accumulator.finish()
+                parts.append(sum_rows(sums, block.experiment, number, table, exposure))
     return np.concatenate(parts)
 
 
-def sum_rows(sums: dict, experiment: int, panel: int) -> np.ndarray:
-    """Rows of dtype ``SUMS`` of what an accumulator returns."""
+def sum_rows(
+    sums: dict, experiment: int, number: int, table: PanelTable, exposure: float
+) -> np.ndarray:
+    """Rows of dtype ``SUMS`` of what an accumulator returns.
+
+    Args:
+        sums: Raw values and integer weights, summed.
+        experiment: Number of the experiment.
+        number: Number of the panel.
+        table: What the panel's values and weights stand for.
+        exposure: Exposure time of each image of the block, s.
+    """
     columns = {name: flumpy.to_numpy(column) for name, column in sums.items()}
     rows = np.empty(len(columns["voxel"]), dtype=SUMS)
     rows["key"] = columns["voxel"]
     rows["id"] = experiment
-    rows["panel"] = panel
-    rows["counts"] = columns["value"]
-    for name in ("n_pixels", "normalisation", "x", "y", "z"):
+    rows["panel"] = number
+    rows["counts"] = table.photons(columns["value"], columns["n_pixels"])
+    rows["normalisation"] = columns["weight"] * (table.weight_unit * exposure)
+    for name in ("n_pixels", "x", "y", "z"):
         rows[name] = columns[name]
     return rows

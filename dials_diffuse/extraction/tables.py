@@ -156,7 +156,7 @@ class PanelArrays:
             (3, n_slow, n_fast), laboratory frame.
         weight: P · ΔΩ · ε · A_air in units of ``weight_unit``, int32, shape
             (n_slow, n_fast); zero for masked pixels.
-        weight_unit: Normalisation of a weight of 1.
+        weight_unit: Normalisation of a weight of 1, without the exposure time.
     """
 
     e: np.ndarray
@@ -176,23 +176,44 @@ def panel_arrays(
     """
     e = np.empty((3, *good.shape), dtype=np.float32)
     weight = np.empty(good.shape)
-    shift = directions.parallax_shift(panel)
-    for start in range(0, good.shape[0], directions.ROWS):
-        rows = slice(start, start + directions.ROWS)
-        position = directions.lab_coordinates(
-            panel, rows, np.zeros_like(shift[:, rows])
-        )
-        ray = directions.lab_coordinates(panel, rows, shift[:, rows])
-        ray /= np.sqrt(np.sum(ray**2, axis=0))
+    parallax = directions.ParallaxShift(panel)
+    for rows in directions.row_chunks(good.shape):
+        position = directions.lab_coordinates(panel, rows)
+        ray = position
+        if not parallax.is_zero:
+            ray = directions.lab_coordinates(panel, rows, parallax.rows(rows))
+        ray = ray / corrections.length(ray)
         e[:, rows] = ray
         weight[rows] = normalisation(panel, beam, position, ray, settings)
     unit = float(weight.max()) / MAX_WEIGHT
-    return PanelArrays(e, np.rint(weight / unit).astype(np.int32) * good, unit)
+    weight *= good / unit
+    return PanelArrays(e, np.rint(weight, out=weight).astype(np.int32), unit)
+
+
+@dataclasses.dataclass(frozen=True)
+class PanelTable:
+    """A panel for the pixel loop, and what its values and weights stand for.
+
+    Attributes:
+        panel: The arrays in the extension.
+        weight_unit: Normalisation of a weight of 1, without the exposure time.
+        gain: Detector units per photon.
+        pedestal: Value of a pixel without photons.
+    """
+
+    panel: ext.Panel
+    weight_unit: float
+    gain: float
+    pedestal: float
+
+    def photons(self, value: np.ndarray, n_pixels: np.ndarray) -> np.ndarray:
+        """Photons in sums of raw values over some pixels each."""
+        return (value - n_pixels * self.pedestal) / self.gain
 
 
 def detector_tables(
     experiment: Experiment, settings: ExtractionSettings
-) -> list[ext.Panel]:
+) -> list[PanelTable]:
     """What the pixel loop needs of each panel of an experiment's detector."""
     tables = []
     for number, panel in enumerate(experiment.detector):
@@ -200,17 +221,16 @@ def detector_tables(
         arrays = panel_arrays(panel, experiment.beam, good, settings.corrections)
         nfast, nslow = panel.get_image_size()
         low, high = settings.trusted_range or inclusive_trusted_range(panel)
+        loop_panel = ext.Panel(
+            *(flumpy.from_numpy(x.ravel()) for x in arrays.e),
+            weight=flumpy.from_numpy(arrays.weight.ravel()),
+            nfast=nfast,
+            nslow=nslow,
+            trusted_min=float(low),
+            trusted_max=float(high),
+        )
+        gain = settings.gain or panel.get_gain()
         tables.append(
-            ext.Panel(
-                *(flumpy.from_numpy(x.ravel()) for x in arrays.e),
-                weight=flumpy.from_numpy(arrays.weight.ravel()),
-                weight_unit=arrays.weight_unit,
-                nfast=nfast,
-                nslow=nslow,
-                trusted_min=float(low),
-                trusted_max=float(high),
-                gain=settings.gain or panel.get_gain(),
-                pedestal=panel.get_pedestal(),
-            )
+            PanelTable(loop_panel, arrays.weight_unit, gain, panel.get_pedestal())
         )
     return tables

@@ -9,6 +9,8 @@ this is not good enough (strategies with a table of offsets), every pixel is com
 
 from __future__ import annotations
 
+from typing import Iterator
+
 import numpy as np
 import scipy.sparse
 
@@ -17,7 +19,7 @@ from dxtbx.model import Panel
 
 STEP = 8  # pixels between the samples of the parallax shift
 TOLERANCE = 1e-3  # pixels
-ROWS = 256  # rows at a time: bounds the memory for intermediate arrays
+CHUNK = 1 << 15  # pixels at a time, so that intermediate arrays stay in the cache
 
 
 def pixel_to_millimeter(panel: Panel, px: np.ndarray) -> np.ndarray:
@@ -62,43 +64,81 @@ def _shift_at(panel: Panel, fast: np.ndarray, slow: np.ndarray) -> np.ndarray:
     return mm - px * panel.get_pixel_size()
 
 
-def parallax_shift(panel: Panel) -> np.ndarray:
-    """Shift of each pixel centre by the panel's px_mm strategy.
+class ParallaxShift:
+    """Shift of the pixel centres of a panel by its px_mm strategy.
 
-    Returns:
-        Shift along fast and slow in mm, float64, shape (2, n_slow, n_fast).
+    Args:
+        panel: The panel.
     """
-    nfast, nslow = panel.get_image_size()
-    if panel.get_px_mm_strategy().name() == "SimplePxMmStrategy":
-        return np.zeros((2, nslow, nfast))
-    fast, slow = _nodes(nfast, STEP), _nodes(nslow, STEP)
-    samples = _shift_at(panel, fast, slow)
-    by_slow, by_fast = _interpolation(nslow, slow), _interpolation(nfast, fast)
-    shift = np.stack([(by_fast @ (by_slow @ samples[..., i]).T).T for i in range(2)])
-    rng = np.random.default_rng(7)
-    i, j = rng.integers(nfast, size=1000), rng.integers(nslow, size=1000)
-    centres = np.stack([i, j], axis=-1) + 0.5
-    pixel_size = np.array(panel.get_pixel_size())
-    exact = pixel_to_millimeter(panel, centres) - centres * pixel_size
-    if np.max(np.abs(exact - shift[:, j, i].T) / pixel_size) > TOLERANCE:
-        return np.moveaxis(_shift_at(panel, np.arange(nfast), np.arange(nslow)), -1, 0)
-    return shift
+
+    def __init__(self, panel: Panel) -> None:
+        nfast, nslow = panel.get_image_size()
+        self.is_zero = panel.get_px_mm_strategy().name() == "SimplePxMmStrategy"
+        if self.is_zero:
+            return
+        self._sample(panel, _nodes(nfast, STEP), _nodes(nslow, STEP))
+        if not self._is_good(panel):
+            self._sample(panel, np.arange(nfast), np.arange(nslow))
+
+    def _sample(self, panel: Panel, fast: np.ndarray, slow: np.ndarray) -> None:
+        nfast, nslow = panel.get_image_size()
+        self._by_slow = _interpolation(nslow, slow)
+        by_fast = _interpolation(nfast, fast).T
+        samples = np.moveaxis(_shift_at(panel, fast, slow), -1, 0)
+        self._samples = [np.ascontiguousarray(sample @ by_fast) for sample in samples]
+
+    def _is_good(self, panel: Panel) -> bool:
+        """Whether random pixels are within ``TOLERANCE`` of the exact strategy."""
+        rng = np.random.default_rng(7)
+        nfast, nslow = panel.get_image_size()
+        size = np.array(panel.get_pixel_size())
+        slow = np.unique(rng.integers(nslow, size=30))
+        fast = rng.integers(nfast, size=(len(slow), 30))
+        for j, columns in zip(slow, fast):
+            exact = _shift_at(panel, columns, np.array([j]))[0]
+            found = self.rows(slice(j, j + 1))[:, 0, columns].T
+            if np.max(np.abs(exact - found) / size) > TOLERANCE:
+                return False
+        return True
+
+    def rows(self, rows: slice) -> np.ndarray | None:
+        """The shift along fast and slow in mm, shape (2, n_rows, n_fast).
+
+        None where the strategy shifts nothing.
+        """
+        if self.is_zero:
+            return None
+        return np.stack([self._by_slow[rows] @ sample for sample in self._samples])
 
 
-def lab_coordinates(panel: Panel, rows: slice, shift: np.ndarray) -> np.ndarray:
+def row_chunks(shape: tuple[int, int]) -> Iterator[slice]:
+    """Slices of some rows of an array of shape (n_slow, n_fast) at a time."""
+    n_rows = max(1, CHUNK // shape[1])
+    for start in range(0, shape[0], n_rows):
+        yield slice(start, min(start + n_rows, shape[0]))
+
+
+def lab_coordinates(
+    panel: Panel, rows: slice, shift: np.ndarray | None = None
+) -> np.ndarray:
     """Laboratory coordinates of pixel centres, moved by a shift on the panel.
 
     Args:
         panel: The panel.
         rows: Which rows (slow).
-        shift: Shift along fast and slow in mm, shape (2, n_rows, n_fast).
+        shift: Shift along fast and slow in mm, shape (2, n_rows, n_fast), or None.
 
     Returns:
         mm, laboratory frame, shape (3, n_rows, n_fast).
     """
     nfast, nslow = panel.get_image_size()
     size_fast, size_slow = panel.get_pixel_size()
-    x = (np.arange(nfast) + 0.5) * size_fast + shift[0]
-    y = ((np.arange(nslow)[rows] + 0.5) * size_slow)[:, None] + shift[1]
+    x = (np.arange(nfast) + 0.5) * size_fast
+    y = ((np.arange(nslow)[rows] + 0.5) * size_slow)[:, None]
+    if shift is not None:
+        x, y = x + shift[0], y + shift[1]
     d = np.array(panel.get_d_matrix()).reshape(3, 3)
-    return np.stack([d[i, 0] * x + d[i, 1] * y + d[i, 2] for i in range(3)])
+    result = np.empty((3, rows.stop - rows.start, nfast))
+    for i in range(3):
+        np.add(d[i, 0] * x, d[i, 1] * y + d[i, 2], out=result[i])
+    return result

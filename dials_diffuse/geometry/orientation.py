@@ -24,13 +24,11 @@ class FrameModel:
         setting: S R F A, shape (3, 3), Å⁻¹, laboratory frame.
         s0: Incident beam vector, Å⁻¹, laboratory frame.
         z: Centre of the image as array index + 1/2.
-        exposure: Exposure time, s; 1 where the image does not say.
     """
 
     setting: np.ndarray
     s0: np.ndarray
     z: float
-    exposure: float
 
 
 def _midpoint(scan_points: int, at_scan_point, static, i: int) -> np.ndarray:
@@ -73,7 +71,7 @@ def frame_model(experiment: Experiment, array_index: int) -> FrameModel:
     setting = crystal_setting(experiment.crystal, i)
     if not experiment.is_still():
         setting = goniometer_rotation(experiment, array_index) @ setting
-    return FrameModel(setting, s0, array_index + 0.5, exposure_time(experiment, i))
+    return FrameModel(setting, s0, array_index + 0.5)
 
 
 def goniometer_rotation(experiment: Experiment, array_index: int) -> np.ndarray:
@@ -90,12 +88,3 @@ def goniometer_rotation(experiment: Experiment, array_index: int) -> np.ndarray:
     axis = np.array(goniometer.get_rotation_axis_datum())
     phi = scan.get_angle_from_array_index(array_index + 0.5, deg=False)
     return setting @ Rotation.from_rotvec(phi * axis).as_matrix() @ fixed
-
-
-def exposure_time(experiment: Experiment, i: int) -> float:
-    """Exposure of image i of the scan in s, or 1 where it is not known."""
-    if experiment.scan is None:
-        return 1.0
-    times = experiment.scan.get_exposure_times()
-    time = times[min(i, len(times) - 1)] if len(times) else 0.0
-    return float(time) if time > 0 else 1.0

@@ -27,7 +27,7 @@ from dials_diffuse.grid import Grid
 SCHEMA = 1
 GROUP = "dials/processing/group_0"
 ROOT = "dials_diffuse"
-CHUNK_ROWS = 1 << 16
+CHUNK_ROWS = 1 << 14
 
 
 @dataclasses.dataclass(frozen=True)

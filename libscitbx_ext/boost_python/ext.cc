@@ -41,31 +41,24 @@ namespace dials_diffuse { namespace boost_python {
           const af::shared<float> &ey,
           const af::shared<float> &ez,
           const af::shared<int> &weight,
-          double weight_unit,
           int nfast,
           int nslow,
           double trusted_min,
-          double trusted_max,
-          double gain,
-          double pedestal)
+          double trusted_max)
         : ex_(ex), ey_(ey), ez_(ez), weight_(weight) {
       const std::size_t n = std::size_t(nfast) * nslow;
       if (nfast < 1 || nslow < 1)
         throw std::invalid_argument("image_size must be positive");
       if (ex.size() != n || ey.size() != n || ez.size() != n || weight.size() != n)
         throw std::invalid_argument("the arrays do not have nfast x nslow elements");
-      if (!(gain > 0)) throw std::invalid_argument("the gain must be positive");
       PanelView view = {ex_.begin(),
                         ey_.begin(),
                         ez_.begin(),
                         weight_.begin(),
-                        weight_unit,
                         nfast,
                         nslow,
                         trusted_min,
-                        trusted_max,
-                        gain,
-                        pedestal};
+                        trusted_max};
       view_ = view;
     }
     const PanelView &view() const {
@@ -85,8 +78,7 @@ namespace dials_diffuse { namespace boost_python {
                    double s_max,
                    const vec3<double> &ndiv,
                    const bp::object &exclusion,
-                   double z,
-                   double exposure) {
+                   double z) {
     if (!(wavelength > 0))
       throw std::invalid_argument("the wavelength must be positive");
     Frame f;
@@ -105,7 +97,6 @@ namespace dials_diffuse { namespace boost_python {
     for (int i = 0; i < 6; ++i)
       f.g[i] = float(g[i]);
     f.z = z;
-    f.exposure = exposure;
     return f;
   }
 
@@ -121,17 +112,37 @@ namespace dials_diffuse { namespace boost_python {
     return new Accumulator(make_box(half_size), n_threads);
   }
 
+  /* Adds images of one type, each with its frame. */
   template <typename T>
-  void add_image(Accumulator &self,
-                 const Panel &panel,
-                 const Frame &frame,
-                 const af::versa<T, af::flex_grid<> > &data) {
-    const PanelView &view = panel.view();
-    if (data.size() != std::size_t(view.nfast) * view.nslow)
-      throw std::invalid_argument("the image has another size than its panel");
-    const T *begin = data.begin();
+  void add(Accumulator &self,
+           const PanelView &view,
+           const bp::list &frames,
+           const bp::list &images) {
+    typedef af::versa<T, af::flex_grid<> > flex_type;
+    std::vector<Image<T> > views;
+    for (int i = 0; i < bp::len(images); ++i) {
+      const flex_type &data = bp::extract<const flex_type &>(images[i])();
+      if (data.size() != std::size_t(view.nfast) * view.nslow)
+        throw std::invalid_argument("the image has another size than its panel");
+      Image<T> image = {bp::extract<const Frame &>(frames[i])(), data.begin()};
+      views.push_back(image);
+    }
     gil_release nogil;
-    self.add(view, frame, begin);
+    self.add(view, views);
+  }
+
+  void add_images(Accumulator &self,
+                  const Panel &panel,
+                  const bp::list &frames,
+                  const bp::list &images) {
+    if (bp::len(frames) != bp::len(images))
+      throw std::invalid_argument("as many frames as images are needed");
+    if (bp::len(images) == 0) return;
+    typedef af::versa<int, af::flex_grid<> > flex_int;
+    if (bp::extract<const flex_int &>(images[0]).check())
+      add<int>(self, panel.view(), frames, images);
+    else
+      add<double>(self, panel.view(), frames, images);
   }
 
   bp::dict finish(Accumulator &self) {
@@ -142,12 +153,12 @@ namespace dials_diffuse { namespace boost_python {
     }
     const std::size_t n = sums.size();
     af::shared<int> voxel(n), n_pixels(n);
-    af::shared<double> value(n), normalisation(n), x(n), y(n), z(n);
+    af::shared<double> value(n), weight(n), x(n), y(n), z(n);
     for (std::size_t i = 0; i < n; ++i) {
       voxel[i] = int(sums[i].voxel);
       n_pixels[i] = int(sums[i].n_pixels);
       value[i] = sums[i].value;
-      normalisation[i] = sums[i].normalisation;
+      weight[i] = sums[i].weight;
       x[i] = sums[i].x;
       y[i] = sums[i].y;
       z[i] = sums[i].z;
@@ -156,7 +167,7 @@ namespace dials_diffuse { namespace boost_python {
     result["voxel"] = voxel;
     result["n_pixels"] = n_pixels;
     result["value"] = value;
-    result["normalisation"] = normalisation;
+    result["weight"] = weight;
     result["x"] = x;
     result["y"] = y;
     result["z"] = z;
@@ -184,23 +195,17 @@ namespace dials_diffuse { namespace boost_python {
                 const af::shared<float> &,
                 const af::shared<float> &,
                 const af::shared<int> &,
-                double,
                 int,
                 int,
-                double,
-                double,
                 double,
                 double>((arg("ex"),
                          arg("ey"),
                          arg("ez"),
                          arg("weight"),
-                         arg("weight_unit"),
                          arg("nfast"),
                          arg("nslow"),
                          arg("trusted_min"),
-                         arg("trusted_max"),
-                         arg("gain") = 1.0,
-                         arg("pedestal") = 0.0)));
+                         arg("trusted_max"))));
     class_<Frame>("Frame", no_init);
     def("make_frame",
         &make_frame,
@@ -211,15 +216,13 @@ namespace dials_diffuse { namespace boost_python {
          arg("s_max"),
          arg("ndiv"),
          arg("exclusion"),
-         arg("z"),
-         arg("exposure")));
+         arg("z")));
     class_<Accumulator, boost::noncopyable>("Accumulator", no_init)
       .def("__init__",
            make_constructor(&make_accumulator,
                             default_call_policies(),
                             (arg("half_size"), arg("n_threads") = 1)))
-      .def("add_image", &add_image<int>, (arg("panel"), arg("frame"), arg("data")))
-      .def("add_image", &add_image<double>, (arg("panel"), arg("frame"), arg("data")))
+      .def("add_images", &add_images, (arg("panel"), arg("frames"), arg("images")))
       .def("finish", &finish);
     def("voxels", &voxels, (arg("half_size"), arg("panel"), arg("frame")));
   }
