@@ -4,7 +4,8 @@ The centre of pixel (i, j) is (i + 1/2, j + 1/2) in dxtbx' pixel coordinates. Pi
 goes through the panel's own px_mm strategy, so the parallax of a thick sensor is as in
 the refined model. That call is slow (0.4 µs a pixel) and the parallax is smooth, so it
 is sampled at every ``STEP``-th pixel and interpolated; where random pixels show that
-this is not good enough (strategies with a table of offsets), every pixel is computed.
+this is not good enough, and for strategies with a table of offsets, every pixel is
+computed.
 """
 
 from __future__ import annotations
@@ -73,11 +74,13 @@ class ParallaxShift:
 
     def __init__(self, panel: Panel) -> None:
         nfast, nslow = panel.get_image_size()
-        self.is_zero = panel.get_px_mm_strategy().name() == "SimplePxMmStrategy"
+        strategy = panel.get_px_mm_strategy().name()
+        self.is_zero = strategy == "SimplePxMmStrategy"
         if self.is_zero:
             return
         self._sample(panel, _nodes(nfast, STEP), _nodes(nslow, STEP))
-        if not self._is_good(panel):
+        # random pixels may miss the few that a table of offsets moves
+        if strategy != "ParallaxCorrectedPxMmStrategy" or not self._is_good(panel):
             self._sample(panel, np.arange(nfast), np.arange(nslow))
 
     def _sample(self, panel: Panel, fast: np.ndarray, slow: np.ndarray) -> None:
