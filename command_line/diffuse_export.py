@@ -57,12 +57,13 @@ BOXES = {
 
 def anisotropic_box(handle: MapFile) -> np.ndarray:
     """The intensity less its mean in shells of 0.01 Å⁻¹, axes h, k, l."""
-    shell_mean = handle.table("isotropic")["intensity"]
+    isotropic = handle.table("isotropic")
 
     def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for block in handle.blocks(["index", "intensity"]):
             s = handle.grid.s(block["index"])
-            yield block["index"], block["intensity"] - interpolate_shells(s, shell_mean)
+            mean = interpolate_shells(s, isotropic["s"], isotropic["intensity"])
+            yield block["index"], block["intensity"] - mean
 
     return expand_to_p1(handle.grid, blocks())
 

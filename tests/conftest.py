@@ -1,7 +1,8 @@
-"""Where the tests find diffraction images.
+"""Where the tests find diffraction images and observations.
 
 ``diffuse_data`` gives a folder of local test data; ``dials_data_or_local`` prefers images
 that the pytest plug-in of dials_data provides. Tests of data that are absent are skipped.
+``write_observations`` makes tables of voxel observations without images.
 """
 
 from __future__ import annotations
@@ -10,7 +11,14 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
+
+from cctbx import sgtbx
+from dxtbx.model import Beam, Crystal, Experiment, ExperimentList
+
+from dials_diffuse.grid import Grid
+from dials_diffuse.io.observations import COLUMNS, ObservationWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -78,3 +86,56 @@ def _from_dials_data(request, name: str) -> Path | None:
 
 def _images(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.suffix in IMAGE_SUFFIXES)
+
+
+@pytest.fixture
+def write_observations(tmp_path):
+    """Returns a function that writes an observation file and its experiment list.
+
+    Its arguments are the name of the files without suffix, the grid and the columns of
+    the rows: ``miller_index`` and others. Columns that are not given are zero, but the
+    normalisation and the number of pixels are one. It sorts the rows, and returns the
+    paths of the .expt and .refl files.
+    """
+
+    def write(
+        name: str,
+        grid: Grid,
+        columns: dict[str, np.ndarray],
+        identifiers: tuple[str, ...] = ("a", "b", "c"),
+        rows_per_slab: int = 1000,
+    ) -> tuple[str, str]:
+        expt, refl = tmp_path / f"{name}.expt", tmp_path / f"{name}.refl"
+        _experiments(grid, identifiers).as_file(str(expt))
+        n = len(columns["miller_index"])
+        rows = {
+            key: np.zeros((n, 3) if column.width == 3 else n, column.dtype)
+            for key, column in COLUMNS.items()
+        }
+        rows["normalisation"] += 1
+        rows["num_pixels.valid"] += 1
+        rows.update(columns)
+        key = grid.key(rows["miller_index"])
+        order = np.lexsort((rows["id"], key))
+        key, rows = key[order], {k: v[order] for k, v in rows.items()}
+        with ObservationWriter(refl, grid, dict(enumerate(identifiers))) as writer:
+            starts = np.flatnonzero(np.diff(key, prepend=-1))
+            cuts = starts[np.searchsorted(starts, range(0, n, rows_per_slab))[:n]]
+            for start, stop in zip(cuts, [*cuts[1:], n]):
+                writer.append({k: v[start:stop] for k, v in rows.items()})
+        return str(expt), str(refl)
+
+    return write
+
+
+def _experiments(grid: Grid, identifiers: tuple[str, ...]) -> ExperimentList:
+    """Experiments of one crystal without images."""
+    axes = np.array(grid.cell.orthogonalization_matrix()).reshape(3, 3).T
+    crystal = Crystal(*map(tuple, axes), sgtbx.space_group(grid.space_group))
+    beam = Beam((0, 0, 1), 1.0)
+    return ExperimentList(
+        [
+            Experiment(identifier=name, crystal=crystal, beam=beam)
+            for name in identifiers
+        ]
+    )

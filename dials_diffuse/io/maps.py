@@ -6,7 +6,7 @@ A NeXus file that NeXpy, silx and h5web open at the map without help:
         map                NXdata   intensity, intensity_errors, n_obs on h, k, l
         half_1, half_2     NXdata   intensity of the two halves
         shells             NXdata   statistics in resolution shells
-        isotropic          NXdata   mean intensity in shells of 0.01 Å⁻¹
+        isotropic          NXdata   mean intensity in shells of 0.01 Å⁻¹, observed ones
         asu                NXcollection   the symmetry-unique voxels: the exact data
         sample             NXsample   reference cell, space group, reciprocal basis
         experiments        NXcollection   identifiers of the experiments
@@ -74,6 +74,47 @@ BOXES: dict[str, tuple[str, float, str, str]] = {
     "map/n_obs": ("int32", 0, "1", "Number of observations"),
     "half_1/intensity": ("float32", np.nan, INTENSITY, "Intensity of half 1"),
     "half_2/intensity": ("float32", np.nan, INTENSITY, "Intensity of half 2"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The columns of a table, and the one to plot against ``s``."""
+
+    signal: str
+    columns: Mapping[str, Column]
+
+
+TABLES: dict[str, Table] = {
+    "shells": Table(
+        "cc_half",
+        {
+            "s": Column("float64", 1, "1/angstrom", "1/d, middle of the shell"),
+            "d_max": Column("float64", 1, "angstrom", "upper limit of d"),
+            "d_min": Column("float64", 1, "angstrom", "lower limit of d"),
+            "n_obs": Column("int64", 1, "1", "observations"),
+            "n_voxels": Column("int64", 1, "1", "observed unique voxels"),
+            "n_possible": Column("int64", 1, "1", "possible unique voxels"),
+            "completeness": Column("float64", 1, "1", "fraction observed"),
+            "multiplicity": Column("float64", 1, "1", "observations per voxel"),
+            "mean_intensity": Column("float64", 1, INTENSITY, "mean intensity"),
+            "mean_i_over_sigma": Column(
+                "float64", 1, "1", "mean of intensity / standard error"
+            ),
+            "n_pairs": Column("int64", 1, "1", "voxels observed in both halves"),
+            "cc_half": Column("float64", 1, "1", "CC1/2 of the anisotropic part"),
+        },
+    ),
+    "isotropic": Table(
+        "intensity",
+        {
+            "s": Column(
+                "float64", 1, "1/angstrom", "1/d, mean of the shell of 0.01 1/angstrom"
+            ),
+            "intensity": Column("float64", 1, INTENSITY, "mean intensity"),
+            "n_voxels": Column("int64", 1, "1", "observed unique voxels"),
+        },
+    ),
 }
 
 
@@ -165,26 +206,15 @@ class MapWriter:
             planes = slice(start, start + dataset.chunks[0])
             dataset[planes] = values[numbers[planes]]
 
-    def write_table(
-        self,
-        name: str,
-        signal: str,
-        axis: str,
-        columns: Mapping[str, tuple[np.ndarray, str, str]],
-    ) -> None:
-        """Write a table as an NXdata.
-
-        Args:
-            name: Name of the group.
-            signal: Column to plot.
-            axis: Column to plot it against.
-            columns: Values, unit and meaning of each column.
-        """
+    def write_table(self, name: str, columns: Mapping[str, np.ndarray]) -> None:
+        """Write one of ``TABLES``, with all of its columns."""
+        table = TABLES[name]
         group = _nexus_group(self._entry, name, "NXdata")
-        group.attrs["signal"] = signal
-        group.attrs["axes"] = [axis]
-        for key, (values, units, meaning) in columns.items():
-            _describe(group.create_dataset(key, data=values), units, meaning)
+        group.attrs["signal"] = table.signal
+        group.attrs["axes"] = ["s"]
+        for key, column in table.columns.items():
+            dataset = group.create_dataset(key, data=columns[key], dtype=column.dtype)
+            _describe(dataset, column.units, column.meaning)
 
     def _write_sample(self) -> None:
         """The cell and the symmetry, in the terms of NXsample."""

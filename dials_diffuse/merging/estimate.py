@@ -31,17 +31,27 @@ def thin_shell(s: np.ndarray) -> np.ndarray:
     return np.floor(np.asarray(s) / THIN_SHELL).astype(np.int64)
 
 
-def interpolate_shells(s: np.ndarray, shell_mean: np.ndarray) -> np.ndarray:
-    """The isotropic part at each s, linear between the middles of the thin shells.
+def interpolate_shells(
+    s: np.ndarray, shell_s: np.ndarray, shell_mean: np.ndarray
+) -> np.ndarray:
+    """The isotropic part at each s, linear between the thin shells and beyond the ends.
+
+    Steps from shell to shell would leave the slope within each shell in the anisotropic
+    part, and with it a correlation of the halves of any pattern.
 
     Args:
         s: 1/d, Å⁻¹.
-        shell_mean: Mean of each shell of 0.01 Å⁻¹; shells with NaN are bridged.
+        shell_s: Mean s of the voxels of each shell, ascending, Å⁻¹.
+        shell_mean: Mean of each shell; shells with NaN are bridged.
     """
-    known = np.flatnonzero(np.isfinite(shell_mean))
-    if len(known) == 0:
-        return np.full(np.shape(s), np.nan)
-    return np.interp(s, (known + 0.5) * THIN_SHELL, shell_mean[known])
+    known = np.isfinite(shell_mean)
+    nodes, values = shell_s[known], shell_mean[known]
+    if len(nodes) < 2:
+        return np.full(np.shape(s), values[0] if len(nodes) else np.nan)
+    s = np.clip(s, nodes[0] - THIN_SHELL, nodes[-1] + THIN_SHELL)
+    right = np.clip(np.searchsorted(nodes, s), 1, len(nodes) - 1)
+    slope = (values[right] - values[right - 1]) / (nodes[right] - nodes[right - 1])
+    return values[right] + slope * (s - nodes[right])
 
 
 def shell_rate(counts: np.ndarray, normalisation: np.ndarray) -> np.ndarray:

@@ -3,8 +3,9 @@
 The shells have equal volumes in reciprocal space, hence about equal numbers of voxels,
 as in the tables of dials.scale and dials.merge. CC1/2 (Karplus & Diederichs 2012,
 https://doi.org/10.1126/science.1218231) compares two half-maps voxel by voxel after the
-isotropic part, the mean of each half in shells of 0.01 Å⁻¹, is taken off: the decay with
-resolution that every diffuse pattern shows would else give a high correlation by itself.
+isotropic part, the mean of each half in shells of 0.01 Å⁻¹ with linear interpolation, is
+taken off: the decay with resolution that every diffuse pattern shows would else give a
+high correlation by itself.
 
 Everything is accumulated block by block, so that the voxels need not be in memory.
 """
@@ -17,7 +18,7 @@ from typing import Any, Mapping
 import numpy as np
 
 from dials.util import tabulate
-from dials_diffuse.merging.estimate import thin_shell
+from dials_diffuse.merging.estimate import interpolate_shells, thin_shell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,27 +126,44 @@ class IsotropicMean:
     Args:
         s_max: Largest s that can occur, Å⁻¹.
         names: Names of the quantities.
+
+    Attributes:
+        number, total: For each quantity, number of voxels and sum of each shell.
     """
 
     def __init__(self, s_max: float, names: tuple[str, ...]) -> None:
         self.n_shells = int(thin_shell(s_max)) + 1
         self.number = {name: np.zeros(self.n_shells) for name in names}
         self.total = {name: np.zeros(self.n_shells) for name in names}
+        self._total_s = {name: np.zeros(self.n_shells) for name in names}
 
     def add(self, s: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
         """Add voxels; NaN values are not observed and do not count."""
-        shell = thin_shell(s)
         for name in self.total:
             known = np.isfinite(values[name])
-            self.number[name] += np.bincount(shell[known], minlength=self.n_shells)
-            self.total[name] += np.bincount(
-                shell[known], values[name][known], self.n_shells
-            )
+            shell = thin_shell(s[known])
+            for sums, weights in (
+                (self.number, None),
+                (self.total, values[name][known]),
+                (self._total_s, s[known]),
+            ):
+                sums[name] += np.bincount(shell, weights, self.n_shells)
 
     def mean(self, name: str) -> np.ndarray:
         """Mean of each shell, NaN where nothing was added."""
+        return self._divide(self.total[name], name)
+
+    def mean_s(self, name: str) -> np.ndarray:
+        """Mean s of what was added to each shell, NaN where nothing was, Å⁻¹."""
+        return self._divide(self._total_s[name], name)
+
+    def _divide(self, total: np.ndarray, name: str) -> np.ndarray:
         number = self.number[name]
-        return np.where(number > 0, self.total[name] / np.maximum(number, 1), np.nan)
+        return np.where(number > 0, total / np.maximum(number, 1), np.nan)
+
+    def isotropic(self, name: str, s: np.ndarray) -> np.ndarray:
+        """The isotropic part at each s."""
+        return interpolate_shells(s, self.mean_s(name), self.mean(name))
 
 
 class ShellSums:

@@ -140,9 +140,23 @@ def unique_voxels(grid: Grid) -> np.ndarray:
 
     Returns:
         Packed indices in ascending order, int64, shape (n,).
+
+    Raises:
+        ValueError: An axis has more voxels than can be packed.
     """
-    packed = pack(grid.asu_indices(margin=MARGIN * grid.half_diagonal))
-    return np.sort(np.append(packed, pack(np.zeros((1, 3)))))
+    if max(grid.half_size) >= _OFFSET // 2:
+        raise ValueError(
+            f"a grid of {' x '.join(map(str, grid.shape))} voxels is too long on one "
+            "axis: use a smaller ndiv"
+        )
+    index = grid.asu_indices(margin=MARGIN * grid.half_diagonal)
+    packed = np.empty(len(index) + 1, dtype=np.int64)
+    packed[0] = pack(np.zeros((1, 3)))[0]
+    for start in range(0, len(index), VOXELS_PER_BLOCK):
+        block = index[start : start + VOXELS_PER_BLOCK]
+        packed[start + 1 : start + 1 + len(block)] = pack(block)
+    packed.sort()
+    return packed
 
 
 def number_voxels(grid: Grid, voxels: np.ndarray) -> np.ndarray:
@@ -207,7 +221,16 @@ class Accumulator:
         np.add.at(self.sums["n_obs"].reshape(-1), place, 1)
         return len(place)
 
-    def observed(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Places of the voxels that have observations, and their sums, shape (2, n)."""
-        seen = np.flatnonzero(self.sums["n_obs"].any(axis=0))
-        return self.start + seen, {name: v[:, seen] for name, v in self.sums.items()}
+    def observed(self) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        """Places of the voxels that have observations, and their sums, in blocks.
+
+        Yields:
+            Places, shape (n,), and each of the sums, shape (2, n).
+        """
+        for first in range(0, self.stop - self.start, VOXELS_PER_BLOCK):
+            block = slice(first, first + VOXELS_PER_BLOCK)
+            sums = {name: values[:, block] for name, values in self.sums.items()}
+            seen = np.flatnonzero(sums["n_obs"].any(axis=0))
+            if len(seen):
+                columns = {name: values[:, seen] for name, values in sums.items()}
+                yield self.start + first + seen, columns

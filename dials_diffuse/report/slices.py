@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Sequence
+from typing import TYPE_CHECKING, Mapping, Sequence
 
 import matplotlib
 import matplotlib.image
@@ -82,7 +82,10 @@ def layer_indices(grid: Grid, normal: int) -> np.ndarray:
 
 
 def cut_layer(
-    grid: Grid, normal: int, intensity: np.ndarray, shell_mean: np.ndarray
+    grid: Grid,
+    normal: int,
+    intensity: np.ndarray,
+    isotropic: Mapping[str, np.ndarray],
 ) -> Layer:
     """A layer from its intensities.
 
@@ -90,8 +93,7 @@ def cut_layer(
         grid: The grid of the map.
         normal: The index that is zero, 0, 1 or 2 for h, k, l.
         intensity: Intensity of the layer, shape (n_u, n_v).
-        shell_mean: Mean intensity in shells of 0.01 Å⁻¹, NaN where not observed; it is
-            interpolated between their middles.
+        isotropic: The table ``isotropic`` of the map: mean intensity in thin shells.
     """
     s = grid.s(layer_indices(grid, normal)).reshape(intensity.shape)
     u, v = (i for i in range(3) if i != normal)
@@ -99,7 +101,8 @@ def cut_layer(
     return Layer(
         normal=normal,
         intensity=intensity,
-        anisotropic=intensity - interpolate_shells(s, shell_mean),
+        anisotropic=intensity
+        - interpolate_shells(s, isotropic["s"], isotropic["intensity"]),
         extent=(-ends[0], ends[0], -ends[1], ends[1]),
         basis=layer_basis(grid, normal),
     )
@@ -107,11 +110,9 @@ def cut_layer(
 
 def central_layers(handle: MapFile) -> list[Layer]:
     """The layers hk0, h0l and 0kl of a map."""
-    shell_mean = handle.table("isotropic")["intensity"]
+    isotropic = handle.table("isotropic")
     return [
-        cut_layer(
-            handle.grid, normal, handle.layer("map/intensity", normal), shell_mean
-        )
+        cut_layer(handle.grid, normal, handle.layer("map/intensity", normal), isotropic)
         for normal in (2, 1, 0)
     ]
 

@@ -1,0 +1,171 @@
+"""Independent observations from tables of voxel observations, slab by slab.
+
+Rows that scaling has flagged, or that have no pixels, are left out. The others are put on
+the scale of the map, and the rows of a voxel and an experiment are joined.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Iterator, Mapping, Protocol, Sequence
+
+import numpy as np
+
+from dials.array_family import flex
+from dials.util import progress
+from dials_diffuse.grid import Grid
+from dials_diffuse.merging import sums
+
+logger = logging.getLogger("dials.diffuse.merge")
+
+# Rows of the observation tables that are in memory at once.
+ROWS_PER_SLAB = 1_000_000
+
+REQUIRED_COLUMNS = (
+    "miller_index",
+    "id",
+    "counts",
+    "background.sum.value",
+    "background.sum.variance",
+    "normalisation",
+    "num_pixels.valid",
+)
+OPTIONAL_COLUMNS = ("flags", "inverse_scale_factor", "additive_offset")
+
+
+class ObservationTable(Protocol):
+    """What merging needs of an ``ObservationFile``."""
+
+    path: str
+    grid: Grid
+    identifiers: Mapping[int, str]
+    columns: Sequence[str]
+    n_rows: int
+
+    def slabs(self, max_rows: int) -> Iterator[tuple[int, int]]: ...
+
+    def read(
+        self, start: int, stop: int, names: list[str]
+    ) -> dict[str, np.ndarray]: ...
+
+
+def check_tables(tables: Sequence[ObservationTable]) -> None:
+    """Check that tables can be merged with each other.
+
+    Raises:
+        ValueError: They have different grids, experiments in common, or no rows.
+    """
+    first = tables[0]
+    seen: dict[str, str] = {}
+    for table in tables:
+        if table.n_rows == 0:
+            raise ValueError(
+                f"{table.path} has no observations: check the masks and the resolution "
+                "limits of dials.diffuse_extract"
+            )
+        for field in dataclasses.fields(Grid):
+            mine, other = (getattr(t.grid, field.name) for t in (table, first))
+            if mine != other:
+                raise ValueError(
+                    f"{table.path} has a grid with {field.name}={mine}, {first.path} "
+                    f"one with {field.name}={other}: extract both on the same grid"
+                )
+        for identifier in table.identifiers.values():
+            if identifier in seen:
+                raise ValueError(
+                    f"Experiment {identifier} is in {seen[identifier]} and in "
+                    f"{table.path}: give each experiment once"
+                )
+        seen.update(dict.fromkeys(table.identifiers.values(), table.path))
+
+
+def read_observations(
+    tables: Sequence[ObservationTable], seed: int, report: bool = True
+) -> Iterator[tuple[sums.Observations, np.ndarray]]:
+    """The independent observations of tables and their halves, slab by slab.
+
+    Args:
+        tables: The tables.
+        seed: Seed of the split in halves.
+        report: Whether to log the number of rows that are left out.
+    """
+    for table in tables:
+        names = [*REQUIRED_COLUMNS, *set(OPTIONAL_COLUMNS).intersection(table.columns)]
+        hashes = _hashes_by_id(table.identifiers)
+        n_used = 0
+        slabs = list(table.slabs(ROWS_PER_SLAB))
+        for start, stop in progress(slabs, desc="Merging", unit="slab"):
+            rows = _usable_rows(table.read(start, stop, names))
+            n_used += len(rows["id"])
+            if len(rows["id"]) == 0:
+                continue
+            observations = sums.group_observations(
+                rows["miller_index"], rows["id"], _sums_of_rows(rows)
+            )
+            experiment = _lookup(hashes, observations.experiment, table.path)
+            yield observations, sums.split_halves(observations.index, experiment, seed)
+        if n_used == 0:
+            raise ValueError(
+                f"{table.path} has no usable observations: all {table.n_rows} are "
+                "flagged as outliers or have no pixels"
+            )
+        if report:
+            logger.info(
+                "%s: %d of %d rows used, %d left out as outliers or without pixels",
+                table.path,
+                n_used,
+                table.n_rows,
+                table.n_rows - n_used,
+            )
+
+
+def _hashes_by_id(identifiers: Mapping[int, str]) -> dict[int, np.uint64]:
+    hashes = sums.hash_identifiers(list(identifiers.values()))
+    return dict(zip(identifiers, hashes))
+
+
+def _lookup(hashes: dict[int, np.uint64], ids: np.ndarray, path: str) -> np.ndarray:
+    """The hash of the experiment of each observation."""
+    numbers, inverse = np.unique(ids, return_inverse=True)
+    unknown = [int(i) for i in numbers if int(i) not in hashes]
+    if unknown:
+        raise ValueError(
+            f"{path} has observations of experiment number {unknown[0]}, which it has "
+            "no identifier for: extract it again"
+        )
+    table = np.array([hashes[int(i)] for i in numbers], dtype=np.uint64)
+    return table[inverse]
+
+
+def _usable_rows(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The rows that are not flagged by scaling and that have pixels."""
+    usable = (rows["num_pixels.valid"] > 0) & (rows["normalisation"] > 0)
+    if "flags" in rows:
+        bad = np.uint64(int(flex.reflection_table.flags.bad_for_scaling))
+        usable &= (rows["flags"].astype(np.uint64) & bad) == 0
+    if "inverse_scale_factor" in rows:
+        usable &= rows["inverse_scale_factor"] > 0
+    if usable.all():
+        return rows
+    return {name: values[usable] for name, values in rows.items()}
+
+
+def _sums_of_rows(rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The sums of each row, on the scale of the map.
+
+    A scaled row obeys (N - B)/M = g I + b with the inverse scale factor g and the
+    additive offset b. So M b is one more background, and g M the normalisation of I.
+    """
+    background, normalisation = rows["background.sum.value"], rows["normalisation"]
+    if "additive_offset" in rows:
+        background = background + normalisation * rows["additive_offset"]
+    if "inverse_scale_factor" in rows:
+        normalisation = normalisation * rows["inverse_scale_factor"]
+    return {
+        "counts": rows["counts"],
+        "background": background,
+        "background_variance": rows["background.sum.variance"],
+        "normalisation": normalisation,
+        "n_pixels": rows["num_pixels.valid"],
+    }
