@@ -291,7 +291,7 @@ class VoxelList:
         return self.columns[name]
 
     def __len__(self) -> int:
-        return len(self.columns["index"])
+        return len(next(iter(self.columns.values())))
 
 
 class MapFile:
@@ -308,7 +308,8 @@ class MapFile:
         except FileNotFoundError:
             raise ValueError(f"{path} does not exist") from None
         except OSError as e:
-            raise ValueError(f"{path} cannot be read as HDF5: {e}") from None
+            reason = os.strerror(e.errno) if e.errno else "it is not HDF5, or cut short"
+            raise ValueError(f"Cannot read {path}: {reason}") from None
         try:
             self._entry = self._checked_entry()
         except ValueError:
@@ -343,6 +344,10 @@ class MapFile:
         for start in range(0, self.n_voxels, max_rows):
             stop = min(start + max_rows, self.n_voxels)
             yield {name: self._entry[f"asu/{name}"][start:stop] for name in names}
+
+    def columns(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Columns of all unique voxels."""
+        return {name: self._entry[f"asu/{name}"][()] for name in names}
 
     def box(self, name: str = "map/intensity") -> np.ndarray:
         """One of the dense arrays ``BOXES``, axes h, k, l."""
@@ -393,8 +398,7 @@ def read_map(
         ValueError: The file is not a merged map.
     """
     with MapFile(path) as handle:
-        columns = next(handle.blocks(names, max(handle.n_voxels, 1)), None)
-        return VoxelList(handle.grid, columns)
+        return VoxelList(handle.grid, handle.columns(names))
 
 
 def _nexus_group(parent: h5py.Group, name: str, nx_class: str) -> h5py.Group:

@@ -171,11 +171,12 @@ class ObservationFile:
                 f"{path} has no diffuse observations: give the output of "
                 "dials.diffuse_extract"
             )
-        if root.attrs["schema"] > SCHEMA:
+        schema = root.attrs["schema"]
+        if schema > SCHEMA:
             self._file.close()
             raise ValueError(
-                f"{path} has schema {root.attrs['schema']}, this version reads up to "
-                f"{SCHEMA}: use a newer dials_diffuse"
+                f"{path} has schema {schema}, this version reads up to {SCHEMA}: use a "
+                "newer dials_diffuse"
             )
         self._group = self._file[GROUP]
         self.grid = read_grid(root)

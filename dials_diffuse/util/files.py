@@ -18,9 +18,12 @@ def atomic_path(final: str | os.PathLike) -> Iterator[Path]:
         The path to write. It is removed if the block raises.
 
     Raises:
-        ValueError: The folder cannot be written to, or the disk is full.
+        ValueError: The folder cannot be written to, ``final`` is itself a folder, or the
+            disk is full.
     """
     final = Path(final)
+    if final.is_dir():
+        raise ValueError(f"Cannot write {final}: it is a folder")
     try:
         handle, name = tempfile.mkstemp(
             # writers of dxtbx choose the format by the suffix

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from dials_diffuse.util.files import atomic_path, is_disk_full
+
+
+def test_file_appears_when_it_is_complete(tmp_path):
+    final = tmp_path / "map.h5"
+    with atomic_path(final) as path:
+        assert path.parent == tmp_path
+        path.write_text("new")
+        assert not final.exists()
+    assert final.read_text() == "new"
+    assert os.listdir(tmp_path) == ["map.h5"]
+
+
+def test_old_file_stays_if_the_block_fails(tmp_path):
+    final = tmp_path / "map.h5"
+    final.write_text("old")
+    with pytest.raises(KeyError):
+        with atomic_path(final) as path:
+            path.write_text("half")
+            raise KeyError("stopped")
+    assert final.read_text() == "old"
+    assert os.listdir(tmp_path) == ["map.h5"]
+
+
+def test_interrupted_block_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        with atomic_path(tmp_path / "map.h5") as path:
+            path.write_text("half")
+            raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == []
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path):
+    (tmp_path / "usual").write_text("")
+    with atomic_path(tmp_path / "ours") as path:
+        path.write_text("")
+    usual, ours = (
+        stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("usual", "ours")
+    )
+    assert ours == usual
+
+
+def test_name_in_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with atomic_path("map.h5") as path:
+        path.write_text("new")
+    assert os.listdir(tmp_path) == ["map.h5"]
+
+
+def test_folder_that_does_not_exist(tmp_path):
+    with pytest.raises(ValueError, match="Cannot write .*map.h5: No such file"):
+        with atomic_path(tmp_path / "nowhere" / "map.h5"):
+            pytest.fail("the block must not run")
+
+
+def test_name_of_a_folder(tmp_path):
+    (tmp_path / "map.h5").mkdir()
+    with pytest.raises(ValueError, match="Cannot write .*map.h5: it is a folder"):
+        with atomic_path(tmp_path / "map.h5"):
+            pytest.fail("the block must not run")
+    assert os.listdir(tmp_path) == ["map.h5"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_full_disk_is_told_from_other_errors(code):
+    assert is_disk_full(OSError(code, os.strerror(code)))
+    # h5py gives the reason in the text, or only in what came before
+    assert is_disk_full(RuntimeError(f"write failed: '{os.strerror(code)}', errno = 1"))
+    outer = RuntimeError("can't close the file")
+    outer.__context__ = OSError(code, os.strerror(code))
+    assert is_disk_full(outer)
+
+
+def test_other_errors_are_not_a_full_disk():
+    assert not is_disk_full(OSError(errno.EACCES, os.strerror(errno.EACCES)))
+    assert not is_disk_full(ValueError("no such column"))
+
+
+FULL_DISK = """
+import resource, signal, sys
+import h5py, numpy as np
+from dials_diffuse.util.files import atomic_path
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    with atomic_path(sys.argv[1]) as path:
+        with h5py.File(path, "w") as handle:
+            handle["data"] = np.zeros(1_000_000)
+except ValueError as e:
+    print(e)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs resource limits")
+def test_full_disk_with_hdf5(tmp_path):
+    final = tmp_path / "map.h5"
+    result = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(final)], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert f"Cannot write {final}: no space left on the device" in result.stdout
+    assert os.listdir(tmp_path) == []
