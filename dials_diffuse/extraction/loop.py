@@ -8,6 +8,7 @@ import numpy as np
 
 from dxtbx import flumpy
 from dxtbx.model import Detector, Experiment
+from scitbx.array_family import flex
 
 import dials_diffuse_ext as ext
 from dials_diffuse.extraction.blocks import Block, image_number
@@ -53,14 +54,14 @@ def loop_frame(
 
 
 def read_image(experiment: Experiment, array_index: int) -> tuple:
-    """The raw counts of an image, one flex array per panel.
+    """The raw counts of an image, one flex array (int or double) per panel.
 
     Raises:
         ValueError: The image cannot be read.
     """
     number = image_number(experiment, array_index)
     try:
-        return experiment.imageset.get_raw_data(number)
+        data = experiment.imageset.get_raw_data(number)
     except Exception as e:  # formats raise whatever their file reader raises
         path = experiment.imageset.get_path(number)
         reason = " ".join(str(e).split()) or type(e).__name__
@@ -68,6 +69,8 @@ def read_image(experiment: Experiment, array_index: int) -> tuple:
             f"Cannot read image {path} ({reason}): restore the file or leave the image "
             "out"
         ) from e
+    # NeXus files may hold float32
+    return tuple(p.as_double() if isinstance(p, flex.float) else p for p in data)
 
 
 def batches(block: Block, detector: Detector) -> list[range]:
