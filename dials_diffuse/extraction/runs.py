@@ -9,6 +9,7 @@ result does not depend on how the blocks were dealt out.
 
 from __future__ import annotations
 
+import bisect
 import math
 from pathlib import Path
 from typing import Iterable, Iterator, Sequence
@@ -54,32 +55,41 @@ def write_runs(blocks: Iterable[np.ndarray], folder: Path, name: str) -> list[Pa
     return paths
 
 
-def slab_limits(runs: Sequence[np.ndarray], max_rows: int) -> list[int]:
+def slab_limits(paths: Sequence[Path], max_rows: int) -> list[int]:
     """Voxel keys that cut all rows into slabs of about ``max_rows`` rows.
 
     Returns:
         Increasing keys; slab i holds the keys from element i up to element i + 1.
     """
-    n_rows = sum(map(len, runs))
-    sample = np.sort(np.concatenate([run["key"][::SAMPLE] for run in runs]))
+    n_rows, samples = 0, []
+    for path in paths:
+        run = np.load(path, mmap_mode="r")
+        n_rows += len(run)
+        samples.append(np.array(run["key"][::SAMPLE]))
+    sample = np.sort(np.concatenate(samples))
     n_slabs = max(1, math.ceil(n_rows / max_rows))
     inner = sample[np.arange(1, n_slabs) * len(sample) // n_slabs]
     return [0, *map(int, np.unique(inner[inner > 0])), int(np.iinfo(np.int32).max)]
+
+
+def rows_between(path: Path, lower: int, upper: int) -> np.ndarray:
+    """The rows of a run with keys from ``lower`` up to ``upper``.
+
+    The file is closed again: there may be more runs than a process may open files.
+    """
+    run = np.load(path, mmap_mode="r")
+    # np.searchsorted would copy all keys
+    start, stop = (bisect.bisect_left(run["key"], key) for key in (lower, upper))
+    return np.array(run[start:stop])
 
 
 def sorted_slabs(
     paths: Sequence[Path], max_rows: int = SLAB_ROWS
 ) -> Iterator[np.ndarray]:
     """The rows of all runs, sorted by voxel, in slabs of whole voxels."""
-    runs = [np.load(path, mmap_mode="r") for path in paths]
-    limits = slab_limits(runs, max_rows)
-    starts = [0] * len(runs)
-    for limit in limits[1:]:
-        stops = [int(np.searchsorted(run["key"], limit)) for run in runs]
-        slab = np.concatenate(
-            [run[start:stop] for run, start, stop in zip(runs, starts, stops)]
-        )
-        starts = stops
+    limits = slab_limits(paths, max_rows)
+    for lower, upper in zip(limits, limits[1:]):
+        slab = np.concatenate([rows_between(path, lower, upper) for path in paths])
         if len(slab):
             yield slab[np.argsort(slab["key"], kind="stable")]
 
