@@ -146,7 +146,11 @@ class Image:
     """What ``MemReader`` asks for an image."""
 
     def __init__(self, panels: Sequence[np.ndarray]) -> None:
-        self.data = tuple(flumpy.from_numpy(np.ascontiguousarray(p)) for p in panels)
+        # copies: arrays that share numpy's memory end the process when they are freed
+        # while an exception is on its way (flumpy)
+        self.data = tuple(
+            flumpy.from_numpy(np.ascontiguousarray(p)).deep_copy() for p in panels
+        )
 
     def get_raw_data(self) -> tuple:
         return self.data

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import resource
+
+import numpy as np
+import pytest
+
+from dials_diffuse.extraction import runs
+from dials_diffuse.extraction.loop import SUMS
+from dials_diffuse.grid import Grid
+from dials_diffuse.io.observations import COLUMNS, ObservationFile, ObservationWriter
+
+GRID = Grid((20, 25, 30, 80, 95, 100), (2, 2, 2), "P 1", 2.0)
+
+
+def random_blocks(n_blocks, seed=3, rows=(0, 60), n_keys=None):
+    """Observations of blocks; each sorted by panel and voxel, as the loop gives them."""
+    rng = np.random.default_rng(seed)
+    result = []
+    n_keys = n_keys or int(np.prod(GRID.shape))
+    for number in range(n_blocks):
+        block = np.zeros(rng.integers(*rows), dtype=SUMS)
+        block["key"] = rng.integers(0, n_keys, len(block))
+        block["panel"] = rng.integers(0, 3, len(block))
+        block["id"] = number // 4
+        block["n_pixels"] = rng.integers(1, 9, len(block))
+        for name in ("counts", "normalisation", "x", "y"):
+            block[name] = rng.random(len(block))
+        block["z"] = number * block["n_pixels"]
+        result.append(block[np.lexsort([block["key"], block["panel"]])])
+    return result
+
+
+def plainly_sorted(blocks):
+    rows = np.concatenate(blocks)
+    return rows[np.argsort(rows["key"], kind="stable")]
+
+
+@pytest.mark.parametrize("run_rows", [1, 50, 10**9])
+@pytest.mark.parametrize("slab_rows", [1, 37, 10**9])
+@pytest.mark.parametrize("n_keys", [1, 5, None])
+def test_slabs_are_all_rows_sorted(tmp_path, monkeypatch, run_rows, slab_rows, n_keys):
+    monkeypatch.setattr(runs, "RUN_ROWS", run_rows)
+    monkeypatch.setattr(runs, "SAMPLE", 3)
+    blocks = random_blocks(20, n_keys=n_keys)
+    paths = [
+        path
+        for first in (0, 5, 13)
+        for path in runs.write_runs(
+            blocks[first : {0: 5, 5: 13, 13: 20}[first]], tmp_path, f"run_{first:08d}"
+        )
+    ]
+    assert paths == sorted(paths)
+    slabs = list(runs.sorted_slabs(paths, slab_rows))
+    np.testing.assert_array_equal(np.concatenate(slabs), plainly_sorted(blocks))
+    for slab, following in zip(slabs, slabs[1:]):  # no voxel is in two
+        assert slab["key"][-1] < following["key"][0]
+    if slab_rows == 37 and n_keys is None:
+        assert max(map(len, slabs)) < 4 * slab_rows
+
+
+def test_blocks_without_rows(tmp_path):
+    empty = np.zeros(0, dtype=SUMS)
+    assert runs.write_runs([], tmp_path, "none") == []
+    assert runs.write_runs([empty, empty], tmp_path, "none") == []
+    blocks = [empty, *random_blocks(1, rows=(5, 6)), empty]
+    (path,) = runs.write_runs(blocks, tmp_path, "some")
+    (slab,) = runs.sorted_slabs([path])
+    np.testing.assert_array_equal(slab, plainly_sorted(blocks))
+
+
+def test_largest_key_is_not_lost(tmp_path):
+    (block,) = random_blocks(1, rows=(5, 6))
+    block["key"][-1] = np.iinfo(np.int32).max - 1
+    (path,) = runs.write_runs([block], tmp_path, "run")
+    assert sum(map(len, runs.sorted_slabs([path], 2))) == 5
+
+
+def test_more_runs_than_open_files(tmp_path, monkeypatch):
+    """Many processes leave many runs; a process may open 1024 files."""
+    monkeypatch.setattr(runs, "RUN_ROWS", 1)
+    blocks = random_blocks(200, rows=(1, 3))
+    paths = runs.write_runs(blocks, tmp_path, "run")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+        slabs = list(runs.sorted_slabs(paths, 50))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    np.testing.assert_array_equal(np.concatenate(slabs), plainly_sorted(blocks))
+
+
+def test_merged_table(tmp_path):
+    blocks = random_blocks(12)
+    paths = runs.write_runs(blocks, tmp_path, "run")
+    with ObservationWriter(tmp_path / "o.refl", GRID, {0: "a"}) as writer:
+        runs.merge_runs(paths, GRID, writer)
+    rows = plainly_sorted(blocks)
+    with ObservationFile(tmp_path / "o.refl") as f:
+        table = f.read(0, f.n_rows, list(COLUMNS))
+    np.testing.assert_array_equal(GRID.key(table["miller_index"]), rows["key"])
+    for column, name in (
+        ("id", "id"),
+        ("panel", "panel"),
+        ("counts", "counts"),
+        ("normalisation", "normalisation"),
+        ("num_pixels.valid", "n_pixels"),
+    ):
+        np.testing.assert_array_equal(table[column], rows[name])
+    for i, axis in enumerate("xyz"):
+        np.testing.assert_allclose(
+            table["xyzobs.px.value"][:, i] * rows["n_pixels"], rows[axis], atol=1e-12
+        )
+    hkl = table["miller_index"] / np.array(GRID.ndiv)
+    b = np.array(GRID.cell.fractionalization_matrix()).reshape(3, 3).T
+    s = np.linalg.norm(hkl @ b.T, axis=1)
+    np.testing.assert_allclose(table["d"][s > 0], 1 / s[s > 0], rtol=1e-12)
+
+
+def test_origin_has_no_d_spacing():
+    row = np.ones(1, dtype=SUMS)
+    row["key"] = GRID.key(np.zeros((1, 3), dtype=int))
+    columns = runs.observation_columns(row, GRID)
+    assert columns["miller_index"].tolist() == [[0, 0, 0]]
+    assert columns["d"][0] == 0
