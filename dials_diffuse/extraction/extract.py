@@ -20,8 +20,15 @@ import dials_diffuse_ext as ext
 from dials.util import progress
 from dials_diffuse.extraction.blocks import Block, make_blocks
 from dials_diffuse.extraction.loop import accumulate_block
+from dials_diffuse.extraction.report import log_settings
 from dials_diffuse.extraction.runs import merge_runs, write_runs
 from dials_diffuse.extraction.settings import ExtractionSettings
+from dials_diffuse.extraction.settings_check import (
+    Contrasts,
+    bragg_contrasts,
+    check_settings,
+    stills_to_compare,
+)
 from dials_diffuse.extraction.tables import (
     PanelTable,
     TableKey,
@@ -47,16 +54,18 @@ class Job:
     settings: ExtractionSettings
     folder: Path
     n_threads: int
+    compared: frozenset[int]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class TaskResult:
-    """What a worker did: the runs it wrote, and counts for the log."""
+    """What a worker did: the runs it wrote, counts for the log, Bragg contrasts."""
 
-    paths: list[Path]
-    n_images: int
-    n_pixels: int
-    counts: float
+    paths: list[Path] = dataclasses.field(default_factory=list)
+    n_images: int = 0
+    n_pixels: int = 0
+    counts: float = 0.0
+    contrasts: dict[int, Contrasts] = dataclasses.field(default_factory=dict)
 
 
 _job: Job | None = None
@@ -70,32 +79,38 @@ def _tables(key: TableKey) -> list[PanelTable]:
 
 
 def _blocks_of_task(
-    blocks: Sequence[Block], totals: dict[str, float]
+    blocks: Sequence[Block], result: TaskResult
 ) -> Iterator[np.ndarray]:
-    """The observations of each block; adds their number to the totals."""
+    """The observations of each block; adds to the counts of the result."""
     accumulators: list[ext.Accumulator] = []
     for block in blocks:
+        experiment = _job.experiments[block.experiment]
+        tables = _tables(_job.keys[block.experiment])
         rows = accumulate_block(
             block,
-            _job.experiments[block.experiment],
-            _tables(_job.keys[block.experiment]),
+            experiment,
+            tables,
             accumulators,
             _job.grid,
             _job.settings,
             _job.n_threads,
         )
-        totals["images"] += len(block)
-        totals["pixels"] += int(rows["n_pixels"].sum())
-        totals["counts"] += float(rows["counts"].sum())
+        result.n_images += len(block)
+        result.n_pixels += int(rows["n_pixels"].sum())
+        result.counts += float(rows["counts"].sum())
+        if block.experiment in _job.compared:
+            result.contrasts[block.experiment] = bragg_contrasts(
+                block, experiment, tables, _job.grid, _job.settings
+            )
         yield rows
 
 
 def _run_task(first: int, last: int) -> TaskResult:
     """Process the blocks first..last-1 of the job."""
-    totals = {"images": 0, "pixels": 0, "counts": 0.0}
-    rows = _blocks_of_task(_job.blocks[first:last], totals)
-    paths = write_runs(rows, _job.folder, f"run_{first:08d}")
-    return TaskResult(paths, totals["images"], totals["pixels"], totals["counts"])
+    result = TaskResult()
+    rows = _blocks_of_task(_job.blocks[first:last], result)
+    result.paths = write_runs(rows, _job.folder, f"run_{first:08d}")
+    return result
 
 
 def cut_into_tasks(blocks: Sequence[Block], nproc: int) -> list[tuple[int, int]]:
@@ -191,12 +206,16 @@ def extract(
             settings=settings,
             folder=Path(folder),
             n_threads=max(1, settings.nproc // n_processes),
+            compared=stills_to_compare(experiments, grid),
         )
         results = _run_tasks(job, n_processes)
         identifiers = {i: e.identifier for i, e in enumerate(experiments)}
         with ObservationWriter(path, grid, identifiers, phil, inputs) as writer:
             merge_runs([p for result in results for p in result.paths], grid, writer)
     _report(results, len(blocks), writer.n_rows)
+    log_settings(
+        check_settings({k: v for r in results for k, v in r.contrasts.items()}, grid)
+    )
     if writer.n_rows == 0:
         raise ValueError(
             "No pixel is left: check the mask, the trusted range and the resolution "

@@ -12,6 +12,7 @@ from dxtbx.model.experiment_list import ExperimentList
 from dials.array_family import flex
 from dials.util import tabulate
 from dials_diffuse.extraction.reference import crystal_spread
+from dials_diffuse.extraction.settings_check import SettingCheck
 from dials_diffuse.geometry.validation import index_residuals
 from dials_diffuse.grid import Grid
 
@@ -105,3 +106,38 @@ def log_geometry(
             ", ..." if len(bad) > 5 else "",
             MAX_RESIDUAL,
         )
+
+
+def log_settings(checks: list[SettingCheck]) -> None:
+    """Log whether stills are in one indexing setting; warn if they are not."""
+    for check in checks:
+        n, evidence = len(check.numbers), check.evidence
+        if not check.is_telling:
+            logger.info(
+                "Indexing settings related by %s: the Bragg peaks of %d stills do not "
+                "tell (%.1f standard deviations on average)",
+                check.operator,
+                n,
+                evidence.mean(),
+            )
+        elif check.others:
+            logger.warning(
+                "Warning: %d of %d stills compared are in another indexing setting, "
+                "related by %s (%.1f standard deviations on average): experiments %s%s. "
+                "Merging them mixes voxels that are not equivalent: bring them into one "
+                "setting first (dials.cosym, dials.reindex)",
+                len(check.others),
+                n,
+                check.operator,
+                evidence.mean(),
+                ", ".join(map(str, check.others[:10])),
+                ", ..." if len(check.others) > 10 else "",
+            )
+        else:
+            logger.info(
+                "Indexing settings related by %s: all %d stills compared are in the "
+                "same one (%.1f standard deviations on average)",
+                check.operator,
+                n,
+                evidence.mean(),
+            )

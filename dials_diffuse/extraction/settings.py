@@ -124,7 +124,8 @@ class ExtractionSettings:
             unit_cell=cell.parameters() if cell else None,
             block_width=params.block_width,
             bragg=BraggSettings(
-                exclusion=params.bragg.exclusion,
+                # PHIL reads the word none, in any case, as no choice at all
+                exclusion=params.bragg.exclusion or "none",
                 semi_axes=three_of("bragg.semi_axes", params.bragg.semi_axes),
                 unit=params.bragg.unit,
             ),
