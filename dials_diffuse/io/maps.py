@@ -34,6 +34,7 @@ from dials_diffuse.io.observations import (
     write_grid,
     write_provenance,
 )
+from dials_diffuse.util.hdf5 import HDF5Output
 
 SCHEMA = 1
 ENTRY = "entry"
@@ -139,10 +140,11 @@ class MapWriter:
     ) -> None:
         self.grid = grid
         self.n_voxels = 0
-        self._file = h5py.File(path, "w")
-        self._file.attrs["default"] = ENTRY
-        self._file.attrs["NX_class"] = "NXroot"
-        self._entry = _nexus_group(self._file, ENTRY, "NXentry")
+        self._output = HDF5Output(path)
+        root = self._output.file
+        root.attrs["default"] = ENTRY
+        root.attrs["NX_class"] = "NXroot"
+        self._entry = _nexus_group(root, ENTRY, "NXentry")
         self._entry.attrs["default"] = "map"
         self._entry["title"] = "Diffuse scattering map"
         write_provenance(self._entry, "dials.diffuse_merge", phil, list(inputs))
@@ -175,6 +177,7 @@ class MapWriter:
         """Write columns of the list from the voxel number ``start`` on."""
         for name, values in columns.items():
             self._asu[name][start : start + len(values)] = values
+            self._output.check()
 
     def blocks(
         self, names: Sequence[str], max_rows: int = 1 << 20
@@ -205,6 +208,7 @@ class MapWriter:
         for start in range(0, len(numbers), dataset.chunks[0]):
             planes = slice(start, start + dataset.chunks[0])
             dataset[planes] = values[numbers[planes]]
+            self._output.check()
 
     def write_table(self, name: str, columns: Mapping[str, np.ndarray]) -> None:
         """Write one of ``TABLES``, with all of its columns."""
@@ -261,7 +265,12 @@ class MapWriter:
             group["title"] = title
 
     def close(self) -> None:
-        self._file.close()
+        """Close the file.
+
+        Raises:
+            OSError: Not all could be written.
+        """
+        self._output.close()
 
     def __enter__(self) -> MapWriter:
         return self

@@ -23,6 +23,7 @@ import numpy as np
 
 import dials_diffuse
 from dials_diffuse.grid import Grid
+from dials_diffuse.util.hdf5 import HDF5Output
 
 SCHEMA = 1
 GROUP = "dials/processing/group_0"
@@ -87,7 +88,8 @@ class ObservationWriter:
         self.n_rows = 0
         self._last_key = -1
         self._slab_starts: list[int] = []
-        self._file = h5py.File(path, "w")
+        self._output = HDF5Output(path)
+        self._file = self._output.file
         self._group = self._file.create_group(GROUP)
         self._group.attrs["identifiers"] = list(identifiers.values())
         self._group.attrs["experiment_ids"] = np.array(
@@ -128,6 +130,7 @@ class ObservationWriter:
             dataset = self._group[name]
             dataset.resize(self.n_rows + n, axis=0)
             dataset[self.n_rows :] = columns[name]
+            self._output.check()
         self.n_rows += n
 
     def close(self) -> None:
@@ -135,7 +138,7 @@ class ObservationWriter:
         starts = np.array([*self._slab_starts, self.n_rows], dtype=np.int64)
         self._file[ROOT].create_dataset("slab_start", data=starts)
         self._group.attrs["num_reflections"] = self.n_rows
-        self._file.close()
+        self._output.close()
 
     def __enter__(self) -> ObservationWriter:
         return self
@@ -144,7 +147,7 @@ class ObservationWriter:
         if exc_type is None:
             self.close()
         else:
-            self._file.close()
+            self._output.close()
 
 
 class ObservationFile:

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pytest
+
+from dials_diffuse.util.hdf5 import HDF5Output
+
+# Chunks that grow are kept in a cache, which the library cannot empty on a full disk
+FULL_DISK = """
+import resource, sys
+import numpy as np
+from dials_diffuse.util.files import atomic_path
+from dials_diffuse.util.hdf5 import HDF5Output
+
+limit = int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+try:
+    with atomic_path(sys.argv[1]) as path:
+        output = HDF5Output(path)
+        try:
+            data = output.file.create_dataset(
+                "data", shape=(0,), maxshape=(None,), chunks=(4096,)
+            )
+            for i in range(100):
+                data.resize(4096 * (i + 1), axis=0)
+                data[4096 * i :] = np.random.default_rng(i).random(4096)
+                output.check()
+        finally:
+            output.close()
+except ValueError as e:
+    print(e)
+"""
+
+
+@pytest.mark.parametrize("limit", [100, 10_000, 500_000])
+def test_full_disk_leaves_no_file_and_no_crash(tmp_path, limit):
+    final = tmp_path / "map.h5"
+    result = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(final), str(limit)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert result.stderr == ""
+    assert result.returncode == 0
+    assert f"Cannot write {final}: no space left on the device" in result.stdout
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("compression", [None, "gzip"])
+def test_file_is_an_ordinary_one(tmp_path, compression):
+    path = tmp_path / "map.h5"
+    values = np.random.default_rng(7).normal(size=(50, 60, 70))
+    output = HDF5Output(path)
+    output.file.create_dataset(
+        "group/box", data=values, chunks=(16, 16, 16), compression=compression
+    )
+    output.check()
+    np.testing.assert_array_equal(output.file["group/box"][3], values[3])
+    output.file["group"].attrs["units"] = "s.sr"
+    output.close()
+    with h5py.File(path) as handle:
+        np.testing.assert_array_equal(handle["group/box"][()], values)
+        assert handle["group"].attrs["units"] == "s.sr"
+
+
+def test_error_is_raised_when_asked_for(tmp_path):
+    output = HDF5Output(tmp_path / "map.h5")
+    output._guard.error = OSError("made up")
+    output.file["data"] = np.zeros(100_000)
+    with pytest.raises(OSError, match="made up"):
+        output.check()
+    with pytest.raises(OSError, match="made up"):
+        output.close()
