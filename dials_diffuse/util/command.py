@@ -18,6 +18,7 @@ import h5py
 
 import iotbx.phil
 import libtbx.phil
+from libtbx.utils import Sorry
 
 import dials.util.log
 import dials_diffuse
@@ -62,7 +63,7 @@ def parse_arguments(
         params, options, unhandled = parser.parse_args(
             args=rest, show_diff_phil=False, return_unhandled=True
         )
-    except RuntimeError as e:  # a value that does not fit its PHIL type
+    except (RuntimeError, Sorry) as e:  # a value that does not fit its PHIL type
         raise ValueError(" ".join(str(e).split())) from None
     if unhandled:
         reasons = [_why_unhandled(arg, parser.system_phil) for arg in unhandled]

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import gemmi
+import numpy as np
+import pytest
+
+from libtbx.utils import Sorry
+
+from dials_diffuse.command_line import diffuse_export, diffuse_merge
+from dials_diffuse.grid import Grid
+from dials_diffuse.io.maps import BOXES, MapFile
+
+GRID = Grid((9.1, 9.1, 12.2, 90, 90, 120), (2, 2, 1), " P 3", 1.8)
+
+
+@pytest.fixture(autouse=True)
+def merged(write_observations, tmp_path, monkeypatch):
+    """merged.h5 of half of the unique voxels, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    index = np.repeat(GRID.asu_indices()[::2], 3, axis=0)
+    rng = np.random.default_rng(7)
+    counts = rng.poisson(50 * np.exp(-GRID.s(index))).astype(float)
+    columns = {"miller_index": index, "counts": counts, "id": np.arange(len(index)) % 3}
+    files = write_observations("extracted", GRID, columns)
+    diffuse_merge.run([*files, "plot=None", "output.log=None"])
+
+
+def read_ccp4(path: str) -> np.ndarray:
+    return np.array(gemmi.read_ccp4_map(path).grid, copy=True)
+
+
+def boxes() -> dict[str, np.ndarray]:
+    with MapFile("merged.h5") as handle:
+        return {name: handle.box(name) for name in BOXES}
+
+
+def test_default_is_a_ccp4_map_of_the_intensity(tmp_path):
+    diffuse_export.run(["merged.h5"])
+    intensity = boxes()["map/intensity"]
+    found = read_ccp4("merged.ccp4")
+    seen = np.isfinite(intensity)
+    np.testing.assert_array_equal(found[seen], intensity[seen])
+    assert np.all(found[~seen] == 0)
+    n = np.count_nonzero(~seen)
+    log = (tmp_path / "dials.diffuse_export.log").read_text()
+    assert f"{n} of {intensity.size} voxels were not observed" in log
+    header = gemmi.read_ccp4_map("merged.ccp4")
+    labels = [header.header_str(57 + 20 * i, 80) for i in range(10)]
+    assert any(f"{n} voxels not observed, set to 0" in label for label in labels)
+
+
+def test_quantities_fill_and_prefix():
+    diffuse_export.run(
+        [
+            "merged.h5",
+            "what=sigma+n_obs+half_1+half_2+anisotropic",
+            "ccp4.fill=-5",
+            "output.prefix=crystal",
+        ]
+    )
+    expected = boxes()
+    for what, name in (
+        ("sigma", "map/intensity_errors"),
+        ("half_1", "half_1/intensity"),
+        ("half_2", "half_2/intensity"),
+    ):
+        np.testing.assert_array_equal(
+            read_ccp4(f"crystal_{what}.ccp4"), np.nan_to_num(expected[name], nan=-5)
+        )
+    np.testing.assert_array_equal(
+        read_ccp4("crystal_n_obs.ccp4"), expected["map/n_obs"]
+    )
+    anisotropic = read_ccp4("crystal_anisotropic.ccp4")
+    intensity = expected["map/intensity"]
+    seen = np.isfinite(intensity)
+    assert np.all(anisotropic[~seen] == -5)
+    assert abs(anisotropic[seen].mean()) < 0.05 * intensity[seen].mean()
+    isotropic = intensity[seen] - anisotropic[seen]
+    s = GRID.s(GRID.index(np.flatnonzero(seen)))
+    assert np.corrcoef(isotropic, s)[0, 1] < -0.9
+
+
+def test_npz_has_everything():
+    diffuse_export.run(["merged.h5", "format=npz"])
+    expected = boxes()
+    with np.load("merged.npz") as found:
+        np.testing.assert_array_equal(found["intensity"], expected["map/intensity"])
+        np.testing.assert_array_equal(found["sigma"], expected["map/intensity_errors"])
+        np.testing.assert_array_equal(found["n_obs"], expected["map/n_obs"])
+        np.testing.assert_array_equal(found["half_2"], expected["half_2/intensity"])
+        for axis, values in zip("hkl", GRID.axes()):
+            np.testing.assert_array_equal(found[axis], values)
+        np.testing.assert_array_equal(found["unit_cell"], GRID.unit_cell)
+        np.testing.assert_array_equal(found["ndiv"], GRID.ndiv)
+        assert found["space_group"] == " P 3"
+
+
+def test_both_formats(tmp_path):
+    diffuse_export.run(["merged.h5", "format=ccp4+npz"])
+    assert (tmp_path / "merged.ccp4").is_file()
+    assert (tmp_path / "merged.npz").is_file()
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ([], "Please give one map .*, not 0"),
+        (["merged.h5", "merged.h5"], "Please give one map .*, not 2"),
+        (["nowhere.h5"], "^nowhere.h5 does not exist$"),
+        (["extracted.refl"], "^extracted.refl is not a merged map: give the output"),
+        (["extracted.expt"], "^extracted.expt is not a file that this command can use"),
+        (["merged.h5", "format=mtz"], "mtz"),
+        (["merged.h5", "ccp4.fill=nan"], "ccp4.fill must be a finite number"),
+        (["merged.h5", "output.prefix=nowhere/x"], "Cannot write nowhere/x.ccp4"),
+    ],
+)
+def test_wrong_input(args, message):
+    with pytest.raises(Sorry, match=message) as sorry:
+        diffuse_export.run(args)
+    assert sorry.value.__suppress_context__
+    assert len(str(sorry.value).splitlines()) == 1
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        diffuse_export.run(["-c", "-e2", "-a2"])
+    assert not stop.value.code
+    assert "Angstrom of the map for each" in capsys.readouterr().out
