@@ -41,8 +41,10 @@ def write_runs(blocks: Iterable[np.ndarray], folder: Path, name: str) -> list[Pa
 
     def write() -> None:
         rows = np.concatenate(held)
-        path = folder / f"{name}_{len(paths):06d}.npy"
-        np.save(path, rows[np.argsort(rows["key"], kind="stable")])
+        rows = rows[np.argsort(rows["key"], kind="stable")]
+        path = folder / f"{name}_{len(paths):06d}.bin"
+        # numpy's own writers do not say that the disk is full
+        path.write_bytes(rows.view(np.uint8).data)
         paths.append(path)
         held.clear()
 
@@ -63,7 +65,7 @@ def slab_limits(paths: Sequence[Path], max_rows: int) -> list[int]:
     """
     n_rows, samples = 0, []
     for path in paths:
-        run = np.load(path, mmap_mode="r")
+        run = np.memmap(path, dtype=SUMS, mode="r")
         n_rows += len(run)
         samples.append(np.array(run["key"][::SAMPLE]))
     sample = np.sort(np.concatenate(samples))
@@ -77,7 +79,7 @@ def rows_between(path: Path, lower: int, upper: int) -> np.ndarray:
 
     The file is closed again: there may be more runs than a process may open files.
     """
-    run = np.load(path, mmap_mode="r")
+    run = np.memmap(path, dtype=SUMS, mode="r")
     # np.searchsorted would copy all keys
     start, stop = (bisect.bisect_left(run["key"], key) for key in (lower, upper))
     return np.array(run[start:stop])
