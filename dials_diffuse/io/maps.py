@@ -26,6 +26,8 @@ from typing import Any, Iterator, Mapping, Sequence
 import h5py
 import numpy as np
 
+from cctbx import sgtbx
+
 from dials_diffuse.grid import Grid
 from dials_diffuse.io.observations import (
     ROOT,
@@ -242,7 +244,9 @@ class MapWriter:
             ),
         ):
             _describe(sample.create_dataset(name, data=value), units, meaning)
-        sample["space_group"] = self.grid.space_group
+        group = sgtbx.space_group(self.grid.space_group)
+        sample["space_group"] = group.type().lookup_symbol()
+        sample["hall_symbol"] = self.grid.space_group
         sample["laue_group"] = str(self.grid.laue_group.info())
 
     def _make_box_groups(self) -> None:

@@ -12,7 +12,7 @@ import importlib.resources
 import logging
 import os
 import sys
-from typing import Any, Sequence
+from typing import Any, NoReturn, Sequence
 
 import h5py
 
@@ -59,6 +59,7 @@ def parse_arguments(
     args = list(sys.argv[1:] if args is None else map(os.fspath, args))
     files = [arg for arg in args if os.path.isfile(arg) and h5py.is_hdf5(arg)]
     rest = [arg for arg in args if arg not in files]
+    parser.error = _refuse  # DIALS 3.30 would end the process here, with its usage
     try:
         params, options, unhandled = parser.parse_args(
             args=rest, show_diff_phil=False, return_unhandled=True
@@ -69,6 +70,10 @@ def parse_arguments(
         reasons = [_why_unhandled(arg, parser.system_phil) for arg in unhandled]
         raise ValueError("\n".join(reasons))
     return params, options, files
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(" ".join(message.split()))
 
 
 def _why_unhandled(arg: str, phil: libtbx.phil.scope) -> str:

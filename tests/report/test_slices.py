@@ -93,7 +93,7 @@ def test_voxels_are_drawn_where_they_lie():
     def colour(h, k):
         position = basis @ (np.array([h, k]) / GRID.ndiv[:2])
         x, y = to_pixels.transform(position)
-        return tuple(image[int(y), int(x)])
+        return tuple(map(int, image[int(y), int(x)]))
 
     bright = colour(h, k)
     assert sum(bright) != sum(colour(-h, -k))

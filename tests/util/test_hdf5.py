@@ -24,7 +24,7 @@ try:
         output = HDF5Output(path)
         try:
             data = output.file.create_dataset(
-                "data", shape=(0,), maxshape=(None,), chunks=(4096,)
+                "data", shape=(0,), maxshape=(None,), chunks=(4096,), dtype=float
             )
             for i in range(100):
                 data.resize(4096 * (i + 1), axis=0)
