@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import concurrent.futures
+import concurrent.futures.process
 import dataclasses
 import functools
 import logging
@@ -218,8 +218,8 @@ def extract(
     )
     if writer.n_rows == 0:
         raise ValueError(
-            "No pixel is left: check the mask, the trusted range and the resolution "
-            "limits"
+            "No pixel is left: check the mask, the trusted range, the resolution "
+            "limits and bragg.semi_axes"
         )
     return writer.n_rows
 

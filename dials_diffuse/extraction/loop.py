@@ -69,6 +69,14 @@ def read_image(experiment: Experiment, array_index: int) -> tuple:
             f"Cannot read image {path} ({reason}): restore the file or leave the image "
             "out"
         ) from e
+    expected = [panel.get_image_size()[::-1] for panel in experiment.detector]
+    found = [tuple(p.focus()) for p in data]
+    if found != expected:
+        raise ValueError(
+            f"Image {experiment.imageset.get_path(number)} has {len(found)} panel(s) of "
+            f"{found[0]} pixels, its detector model {len(expected)} of {expected[0]} "
+            "(slow, fast): give the experiment list that belongs to the images"
+        )
     # NeXus files may hold float32
     return tuple(p.as_double() if isinstance(p, flex.float) else p for p in data)
 
