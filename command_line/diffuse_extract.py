@@ -26,11 +26,13 @@ Examples::
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 from typing import Any, Sequence
 
 import numpy as np
 
+import dxtbx
 import libtbx.phil
 from dxtbx import flumpy
 from dxtbx.model.experiment_list import ExperimentList, ExperimentListFactory
@@ -81,6 +83,51 @@ def read_mask(path: str) -> tuple[np.ndarray, ...]:
     )
 
 
+def check_identifiers(params: Any) -> None:
+    """Check that no experiment is given twice.
+
+    Raises:
+        ValueError: Two experiments have the same identifier.
+    """
+    seen = {}
+    for item in params.input.experiments:
+        for identifier in filter(None, item.data.identifiers()):
+            if identifier in seen:
+                raise ValueError(
+                    f"{seen[identifier]} and {item.filename} hold the same experiment "
+                    f"(identifier {identifier}): give each only once"
+                )
+            seen[identifier] = item.filename
+
+
+def open_images(name: str) -> ExperimentList:
+    """The experiments of a file with their images opened.
+
+    Raises:
+        ValueError: The first image of an image set cannot be opened.
+    """
+    try:
+        return ExperimentListFactory.from_json_file(name)
+    except Exception as e:  # formats raise whatever their file reader raises
+        reason = " ".join(str(e).split()) or type(e).__name__
+        models = ExperimentListFactory.from_json_file(name, check_format=False)
+        firsts = {imageset.get_path(0) for imageset in models.imagesets()}
+        damaged = ", ".join(sorted(filter(is_damaged, firsts))) or "no image by itself"
+        raise ValueError(
+            f"Cannot open the images of {name} ({reason}; damaged: {damaged}): restore "
+            "them or leave them out"
+        ) from e
+
+
+def is_damaged(path: str) -> bool:
+    """Whether dxtbx cannot make out the detector of an image."""
+    try:
+        dxtbx.load(path).get_detector()
+    except Exception:  # as above
+        return True
+    return False
+
+
 def load_experiments(params: Any) -> ExperimentList:
     """The experiments of the command line with their images, those without a crystal
     left out.
@@ -91,6 +138,7 @@ def load_experiments(params: Any) -> ExperimentList:
     if not params.input.experiments:
         raise ValueError("Please give an experiment list (.expt) with refined models")
     names = [item.filename for item in params.input.experiments]
+    check_identifiers(params)
     models = flatten_experiments(params.input.experiments)
     if any(experiment.imageset is None for experiment in models):
         raise ValueError(f"{', '.join(names)}: experiments without images")
@@ -102,7 +150,7 @@ def load_experiments(params: Any) -> ExperimentList:
         )
     experiments = ExperimentList()
     for name in names:
-        experiments.extend(ExperimentListFactory.from_json_file(name))
+        experiments.extend(open_images(name))
     with_crystal = ExperimentList([e for e in experiments if e.crystal is not None])
     if not with_crystal:
         raise ValueError(
@@ -176,16 +224,27 @@ def write_output(
     settings: ExtractionSettings,
     inputs: list[str],
 ) -> None:
-    """Extract, and write the table and its experiment list, both or none."""
+    """Extract, and write the table and its experiment list, both or none.
+
+    Raises:
+        ValueError: An output name will not do, or something went wrong on the way.
+    """
+    expt_name, refl_name = params.output.experiments, params.output.reflections
+    if os.path.splitext(expt_name)[1] not in (".expt", ".json"):
+        raise ValueError(f"output.experiments={expt_name} must end in .expt or .json")
+    if os.path.realpath(expt_name) == os.path.realpath(refl_name):
+        raise ValueError(
+            f"output.experiments and output.reflections are both {expt_name}: give two "
+            "names"
+        )
     grid = make_grid(experiments, settings)
     log_grid(grid)
     log_crystals(experiments, grid)
-    with atomic_path(params.output.reflections) as table:
+    with atomic_path(refl_name) as table, atomic_path(expt_name) as expt:
+        experiments.as_file(expt)  # first: a name that will not do shows at once
         extract(experiments, grid, settings, table, phil=phil, inputs=inputs)
-        with atomic_path(params.output.experiments) as expt:
-            experiments.as_file(expt)
-    logger.info("Wrote the experiments to %s", params.output.experiments)
-    logger.info("Wrote the observations to %s", params.output.reflections)
+    logger.info("Wrote the experiments to %s", expt_name)
+    logger.info("Wrote the observations to %s", refl_name)
 
 
 @dials.util.show_mail_handle_errors()
