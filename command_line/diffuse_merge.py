@@ -114,10 +114,16 @@ def log_statistics(statistics: MergingStatistics) -> None:
     )
 
 
+def input_files(params: Any, files: Sequence[str]) -> list[str]:
+    """Names of the experiment lists and the observation files."""
+    return [*(item.filename for item in params.input.experiments), *files]
+
+
 def write_map(
-    tables: Sequence[ObservationFile], params: Any, phil: str, inputs: Sequence[str]
+    tables: Sequence[ObservationFile], params: Any, phil: str, files: Sequence[str]
 ) -> MergingStatistics:
     """Merge the observations into the output file."""
+    inputs = input_files(params, files)
     identifiers = [name for table in tables for name in table.identifiers.values()]
     with atomic_path(params.output.map) as path:
         with MapWriter(path, tables[0].grid, identifiers, phil, inputs) as writer:
@@ -146,10 +152,10 @@ def write_plot(path: str, map_path: str) -> None:
 
 
 def check_arguments(params: Any, files: Sequence[str]) -> None:
-    """Check that experiments and observations were given.
+    """Check that experiments and observations were given, and names for the output.
 
     Raises:
-        ValueError: Something is missing.
+        ValueError: Something is missing, or an output file would replace another.
     """
     errors = []
     if not params.input.experiments:
@@ -160,6 +166,13 @@ def check_arguments(params: Any, files: Sequence[str]) -> None:
         )
     if not params.output.map:
         errors.append("Please give a file name for the map: output.map")
+    used = {os.path.realpath(path) for path in input_files(params, files)}
+    for option in ("map", "plot", "json", "log"):
+        name = getattr(params.output, option)
+        if name:
+            if os.path.realpath(name) in used:
+                errors.append(f"output.{option}={name} is in use: give another name")
+            used.add(os.path.realpath(name))
     if errors:
         raise ValueError("\n".join(errors))
 
@@ -179,16 +192,15 @@ def run(
     )
     try:
         params, options, files = parse_arguments(parser, args)
+        check_arguments(params, files)
         start_log(params, options)
         report_changes(parser)
-        check_arguments(params, files)
         experiments = flatten_experiments(params.input.experiments)
-        inputs = [item.filename for item in params.input.experiments] + files
         with contextlib.ExitStack() as stack:
             tables = [stack.enter_context(ObservationFile(path)) for path in files]
             log_input(tables)
             check_experiments(experiments, tables)
-            statistics = write_map(tables, params, parser.phil.as_str(), inputs)
+            statistics = write_map(tables, params, parser.phil.as_str(), files)
         log_statistics(statistics)
         logger.info("Map written to %s", params.output.map)
         if params.output.json:

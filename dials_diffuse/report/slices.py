@@ -128,8 +128,8 @@ def plot_layers(
         units: Unit of the intensity.
         title: Title of the figure.
     """
-    figure = Figure(figsize=(4.6 * len(layers) + 1.2, 9.6), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.1)
+    figure = Figure(figsize=(4.6 * len(layers) + 1.2, 9.9), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.1, hspace=0.05)
     axes = figure.subplots(2, len(layers), squeeze=False)
     intensity = _colour_limits([layer.intensity for layer in layers])
     largest = max(map(abs, _colour_limits([layer.anisotropic for layer in layers])))

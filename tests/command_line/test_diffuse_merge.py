@@ -155,6 +155,19 @@ def test_output_folder_that_does_not_exist(observed):
     assert message == "Cannot write nowhere/merged.h5: No such file or directory"
 
 
+@pytest.mark.parametrize("option", ["map", "plot", "json", "log"])
+def test_output_that_would_replace_the_input(observed, option):
+    before = os.path.getsize("extracted.refl")
+    message = error([*observed, f"output.{option}=extracted.refl"])
+    assert f"output.{option}=extracted.refl is in use" in message
+    assert os.path.getsize("extracted.refl") == before
+
+
+def test_two_outputs_with_one_name(observed):
+    message = error([*observed, "output.map=out", "output.json=./out"])
+    assert message == "output.json=./out is in use: give another name"
+
+
 def test_parameters_that_do_not_exist(observed):
     assert "n_shels" in error([*observed, "n_shels=3"])
 
