@@ -179,6 +179,18 @@ def test_spread_of_crystals_of_another_size():
     assert spread[1] == pytest.approx(0.01 * h, rel=0.05)
 
 
+def test_spread_of_triclinic_crystals():
+    """The mean over the sphere has a closed form: |B2^-1 - B1^-1|^2 / 3 d^2."""
+    cells = ((23, 27, 31, 82, 97, 104), (23.3, 26.8, 31.1, 81, 97.5, 105))
+    models = crystals(*cells, space_group="P 1")
+    grid = make_grid(
+        stills(models), ExtractionSettings(reference_cell="first", d_min=3.3)
+    )
+    one, two = (np.linalg.inv(np.array(m.get_B()).reshape(3, 3)) for m in models)
+    expected = np.linalg.norm(two - one) / np.sqrt(3) / 3.3
+    assert crystal_spread(models, grid).rms[1] == pytest.approx(expected, rel=0.05)
+
+
 def test_spread_does_not_depend_on_the_orientation():
     models = [make_crystal("P 41 21 2", seed, scaled(1.01)) for seed in (1, 2)]
     grid = make_grid(
