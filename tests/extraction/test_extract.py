@@ -18,6 +18,7 @@ from simulate_images import (
     memory_experiment,
     random_images,
     write_images,
+    write_nexus,
 )
 
 from cctbx import uctbx
@@ -535,6 +536,37 @@ def test_rotation_images_from_files_equal_those_in_memory(tmp_path):
         one = ExperimentList([experiment])
         extract(one, make_grid(one, settings), settings, tmp_path / name)
     assert_files_identical(tmp_path / "files", tmp_path / "memory")
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_images_in_a_nexus_file(tmp_path, dtype):
+    """Many images in one open file, read by several processes; it has its own mask."""
+    rng = np.random.default_rng(3)
+    images = [rng.poisson(3.0, (50, 60)).astype(dtype) for _ in range(12)]
+    bad = rng.random((50, 60)) < 0.1
+    path = write_nexus(tmp_path / "images.nxs", images, bad)
+    experiments = import_images([path])
+    assert experiments[0].scan.get_image_range() == (1, 12)
+    settings = ExtractionSettings(d_min=2.0, block_width=0.5, bragg=KEEP_ALL)
+    grid = make_grid(experiments, settings)
+    for nproc in (1, 2, 4):
+        other = dataclasses.replace(settings, nproc=nproc)
+        extract(experiments, grid, other, tmp_path / f"{nproc}.refl")
+    for nproc in (2, 4):
+        assert_files_identical(tmp_path / "1.refl", tmp_path / f"{nproc}.refl")
+    e = experiments[0]
+    memory = memory_experiment(
+        [[image] for image in images],
+        e.detector,
+        e.crystal,
+        e.beam,
+        e.scan,
+        e.goniometer,
+        e.identifier,
+    )
+    masked = dataclasses.replace(settings, mask=(~bad,))
+    extract(ExperimentList([memory]), grid, masked, tmp_path / "memory.refl")
+    assert_files_identical(tmp_path / "1.refl", tmp_path / "memory.refl")
 
 
 def test_zero_counts_are_observations(tmp_path):
