@@ -29,6 +29,8 @@ import logging
 import os
 from typing import Any, Sequence
 
+import numpy as np
+
 import libtbx.phil
 from dxtbx.model.experiment_list import ExperimentList
 from libtbx.utils import Sorry
@@ -38,8 +40,10 @@ from dials.util.options import ArgumentParser, flatten_experiments
 from dials_diffuse.io.maps import INTENSITY, MapFile, MapWriter
 from dials_diffuse.io.observations import ObservationFile
 from dials_diffuse.merging.merge import MergingSettings, merge
+from dials_diffuse.merging.observations import ObservationTable, check_tables
 from dials_diffuse.merging.statistics import MergingStatistics
 from dials_diffuse.report.slices import central_layers, plot_layers
+from dials_diffuse.scaling.initial import ScaledTable, scale_experiments
 from dials_diffuse.util.command import (
     load_phil,
     parse_arguments,
@@ -120,7 +124,7 @@ def input_files(params: Any, files: Sequence[str]) -> list[str]:
 
 
 def write_map(
-    tables: Sequence[ObservationFile], params: Any, phil: str, files: Sequence[str]
+    tables: Sequence[ObservationTable], params: Any, phil: str, files: Sequence[str]
 ) -> MergingStatistics:
     """Merge the observations into the output file."""
     inputs = input_files(params, files)
@@ -130,10 +134,42 @@ def write_map(
             return merge(tables, MergingSettings.from_phil(params), writer)
 
 
-def write_json(path: str, statistics: MergingStatistics) -> None:
-    """Write the statistics."""
+def scale(
+    tables: Sequence[ObservationFile],
+) -> tuple[Sequence[ObservationTable], dict[str, float]]:
+    """Put experiments that have no scale yet on one scale.
+
+    Returns:
+        The tables with scales, and the scale of each experiment by its identifier; empty
+        where the tables had scales.
+    """
+    if any("inverse_scale_factor" in table.columns for table in tables):
+        return tables, {}
+    scales = scale_experiments(tables)
+    by_identifier = {
+        table.identifiers[i]: k
+        for table, of_table in zip(tables, scales)
+        for i, k in of_table.items()
+    }
+    values = np.array(list(by_identifier.values()))
+    logger.info(
+        "Scales of %d experiments, from their counts in common voxels: %.3f to %.3f, "
+        "rms deviation from 1 %.3f",
+        len(values),
+        values.min(),
+        values.max(),
+        np.sqrt(np.mean((values - 1) ** 2)),
+    )
+    return [ScaledTable(t, k) for t, k in zip(tables, scales)], by_identifier
+
+
+def write_json(
+    path: str, statistics: MergingStatistics, scales: dict[str, float]
+) -> None:
+    """Write the statistics and the scales of the experiments."""
     with atomic_path(path) as temporary:
-        text = json.dumps(statistics.as_dict(), indent=2, allow_nan=False)
+        content = {**statistics.as_dict(), "scales": scales}
+        text = json.dumps(content, indent=2, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
@@ -200,11 +236,15 @@ def run(
             tables = [stack.enter_context(ObservationFile(path)) for path in files]
             log_input(tables)
             check_experiments(experiments, tables)
+            check_tables(tables)
+            scales: dict[str, float] = {}
+            if params.scale_experiments:
+                tables, scales = scale(tables)
             statistics = write_map(tables, params, parser.phil.as_str(), files)
         log_statistics(statistics)
         logger.info("Map written to %s", params.output.map)
         if params.output.json:
-            write_json(params.output.json, statistics)
+            write_json(params.output.json, statistics, scales)
             logger.info("Statistics written to %s", params.output.json)
         if params.output.plot:
             write_plot(params.output.plot, params.output.map)

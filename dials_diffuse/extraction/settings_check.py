@@ -134,12 +134,16 @@ def bragg_contrasts(
         keys, inverse = np.unique(rows["key"], return_inverse=True)
         columns = ("n_pixels", "counts", "normalisation")
         sums.append((keys, [np.bincount(inverse, rows[name]) for name in columns]))
-    (keys, (n, counts, weight)), (keys_around, around) = sums
+    (keys, inside), (keys_around, around) = sums
     common, at, at_around = np.intersect1d(keys, keys_around, return_indices=True)
-    n_around, counts_around, weight_around = (column[at_around] for column in around)
-    counts, weight = counts[at] - counts_around, weight[at] - weight_around
-    use = (n[at] > n_around) & (n_around > 0) & (counts > 0) & (counts_around > 0)
-    value = np.log((counts / weight)[use] * (weight_around / counts_around)[use])
+    inside = [column[at] for column in inside]
+    around = [column[at_around] for column in around]
+    inside = [a - b for a, b in zip(inside, around)]
+    use = np.all([column > 0 for column in (*inside, *around)], axis=0)
+    (_, counts, weight), (_, counts_around, weight_around) = (
+        [column[use] for column in columns] for columns in (inside, around)
+    )
+    value = np.log(counts / weight * weight_around / counts_around)
     return Contrasts(cells.index(common[use]), value)
 
 

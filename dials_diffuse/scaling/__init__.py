@@ -1,0 +1,3 @@
+"""Putting experiments on one relative scale."""
+
+from __future__ import annotations

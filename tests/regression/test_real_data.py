@@ -1,0 +1,220 @@
+"""The README's commands on real images, from refined models to a map.
+
+The figures were measured once and are bounds that must not get worse.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cctbx import sgtbx
+from dxtbx.model.experiment_list import ExperimentList, ExperimentListFactory
+
+from dials.command_line import generate_mask
+from dials_diffuse.command_line import diffuse_export, diffuse_extract, diffuse_merge
+from dials_diffuse.io.maps import read_map
+from dials_diffuse.io.observations import ObservationFile
+
+pytestmark = pytest.mark.regression
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def extract_and_merge(*args: str) -> dict:
+    """Run both commands; returns the statistics of merging."""
+    diffuse_extract.run([*map(str, args), "mp.nproc=2"])
+    diffuse_merge.run(["extracted.expt", "extracted.refl"])
+    assert Path("merged.png").stat().st_size > 10_000
+    return json.loads(Path("dials.diffuse_merge.json").read_text())
+
+
+def all_rows(columns: list[str]) -> dict[str, np.ndarray]:
+    with ObservationFile("extracted.refl") as table:
+        return table.read(0, table.n_rows, columns)
+
+
+def photons_within(path: Path, low: float, high: float) -> int:
+    """Upper bound of the photons: all trusted pixels of all images."""
+    total = 0
+    for experiment in ExperimentList.from_file(path):
+        scan = experiment.scan
+        images = range(*scan.get_array_range()) if scan else range(1)
+        for i in images:
+            for panel in experiment.imageset.get_raw_data(i - images[0]):
+                values = panel.as_numpy_array()
+                total += values[(values >= low) & (values <= high)].sum()
+    return int(total)
+
+
+@pytest.fixture(scope="module")
+def snase_map(diffuse_data, tmp_path_factory):
+    """The demonstration, run as the README says; returns its folder."""
+    data = diffuse_data("snase_stills").parent
+    out = tmp_path_factory.mktemp("demo")
+    if shutil.which("dials.diffuse_extract") is None:
+        pytest.skip("the commands are not on PATH")
+    subprocess.run(["sh", ROOT / "demo" / "run.sh", data, out], check=True)
+    return out
+
+
+def test_snase_stills_are_complete(snase_map):
+    """At least 99 % of the unique voxels to 1/d = 0.6 are observed."""
+    merged = read_map(snase_map / "merged.h5")
+    grid = merged.grid
+    possible = grid.asu_indices()
+    possible = possible[grid.s(possible) <= 0.6]
+    s = grid.s(merged.asu["index"])
+    n_seen = np.count_nonzero((s <= 0.6) & (s >= 1 / grid.cell.volume()))
+    assert n_seen / len(possible) >= 0.99
+
+
+def test_snase_stills_show_structure(snase_map):
+    """The anisotropic part of the map is reproducible between independent halves."""
+    statistics = json.loads((snase_map / "dials.diffuse_merge.json").read_text())
+    assert statistics["overall"]["cc_half"] > 0.5
+    log = (snase_map / "dials.diffuse_extract.log").read_text()
+    assert "96 images in 96 blocks" in log
+    assert "all 96 stills compared are in the same one" in log
+    assert "Warning" not in log
+
+
+def test_snase_scales(snase_map):
+    """Factors that bring the images on the scale of the first: 0.88 to 2.17."""
+    statistics = json.loads((snase_map / "dials.diffuse_merge.json").read_text())
+    scale = np.array(list(statistics["scales"].values()))
+    factor = scale[0] / scale
+    assert factor.min() == pytest.approx(0.88, abs=0.03)
+    assert factor.max() == pytest.approx(2.17, abs=0.08)
+
+
+def test_snase_stills_in_two_settings_are_noticed(in_tmp, diffuse_data, caplog):
+    """Negative control: 40 of the stills reindexed by k,h,-l."""
+    folder = diffuse_data("snase_stills") / "processed"
+    experiments = ExperimentListFactory.from_json_file(str(folder / "refined.expt"))
+    other = np.random.default_rng(3).choice(96, 40, replace=False)
+    swap = sgtbx.change_of_basis_op("k,h,-l")
+    for i in map(int, other):
+        experiments[i].crystal = experiments[i].crystal.change_basis(swap)
+    experiments.as_file("mixed.expt")
+    diffuse_extract.run(["mixed.expt", "grid.d_min=2.5", "mp.nproc=2"])
+    assert "40 of 96 stills compared are in another indexing setting" in caplog.text
+
+
+def test_snase_rotation(in_tmp, diffuse_data):
+    folder = diffuse_data("snase_osc") / "processed"
+    statistics = extract_and_merge(
+        folder / "refined.expt",
+        folder / "refined.refl",
+        "grid.d_min=1.6",
+        "trusted_range=1,10000",
+    )
+    rows = all_rows(["id", "counts", "num_pixels.valid", "xyzobs.px.value"])
+    assert set(rows["id"]) == {0, 1, 2}
+    assert rows["counts"].sum() < photons_within(folder / "refined.expt", 1, 10000)
+    assert rows["counts"].sum() / rows["num_pixels.valid"].sum() > 300
+    assert statistics["overall"]["completeness"] > 0.1
+
+
+def test_l_cysteine(in_tmp, diffuse_data):
+    """Four sweeps, two detector models, counts of mostly zero."""
+    folder = diffuse_data("l_cysteine") / "processed"
+    statistics = extract_and_merge(folder / "refined.expt", "grid.ndiv=4")
+    rows = all_rows(["id", "counts", "num_pixels.valid", "normalisation"])
+    assert set(rows["id"]) == {0, 1, 2, 3}
+    mean = rows["counts"].sum() / rows["num_pixels.valid"].sum()
+    assert 0.02 < mean < 0.09  # as the README of the data says
+    assert np.all(rows["normalisation"] > 0)
+    assert statistics["overall"]["n_obs"] > 1000
+
+
+def test_thermolysin(in_tmp, diffuse_data):
+    """XFEL stills of four crystals, 64 panels, a wavelength for each image."""
+    folder = diffuse_data("thermolysin_cspad") / "processed"
+    extract_and_merge(folder / "refined.expt", folder / "refined.refl")
+    rows = all_rows(["id", "panel", "num_pixels.valid"])
+    assert set(rows["id"]) == {0, 1, 2, 3}
+    assert len(set(rows["panel"])) == 64
+    assert rows["num_pixels.valid"].sum() > 5_000_000
+
+
+def test_thaumatin_stills(in_tmp, diffuse_data):
+    folder = diffuse_data("thaumatin_stills") / "processed"
+    extract_and_merge(folder / "refined.expt", folder / "refined.refl")
+    rows = all_rows(["id", "counts", "num_pixels.valid", "d"])
+    assert set(rows["id"]) == {0, 1, 2, 3}
+    assert 1 < rows["counts"].sum() / rows["num_pixels.valid"].sum() < 8
+    diffuse_export.run(["merged.h5", "format=ccp4+npz"])
+    assert Path("merged.npz").is_file()
+
+
+STILLS_PROCESS = """
+spotfinder.filter.min_spot_size = 3
+indexing {
+  known_symmetry.space_group = P41212
+  known_symmetry.unit_cell = 58.4,58.4,152.2,90,90,90
+  refinement_protocol.mode = None
+  stills.refine_all_candidates = False
+}
+dispatch.integrate = False
+output.composite_output = True
+"""
+
+
+@pytest.mark.slow
+def test_thaumatin_stills_from_images(in_tmp, dials_data_or_local):
+    """DIALS' own programs before ours, on images of dials_data where it is installed."""
+    images = [
+        str(path)
+        for path in dials_data_or_local("thaumatin_stills").images
+        if path.name.startswith(("thau_3_2_0002", "thau_3_2_0005"))
+    ]
+    Path("index.phil").write_text(STILLS_PROCESS)
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    for command in (
+        ["dials.stills_process", *images, "index.phil"],
+        [
+            "dials.combine_experiments",
+            *("idx-0000_refined.expt", "idx-0001_refined.expt"),
+            *("idx-0000_indexed.refl", "idx-0001_indexed.refl"),
+            "reference_from_experiment.detector=0",
+            "reference_from_experiment.beam=0",
+        ],
+    ):
+        if shutil.which(command[0]) is None:
+            pytest.skip(f"{command[0]} is not on PATH")
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+    extract_and_merge("combined.expt", "combined.refl", "grid.d_min=2.5")
+    assert set(all_rows(["id"])["id"]) == {0, 1}
+
+
+def test_masks_of_dials_are_obeyed(in_tmp, diffuse_data):
+    """A rectangle masked by dials.generate_mask takes its pixels out, and only those."""
+    folder = diffuse_data("snase_stills")
+    rectangle = (400, 500, 600, 650)
+    generate_mask.run(
+        [
+            str(folder / "geometry.expt"),
+            "untrusted.rectangle=%d,%d,%d,%d" % rectangle,
+            "output.mask=box.mask",
+        ]
+    )
+    one = ExperimentList.from_file(folder / "processed" / "refined.expt")[:1]
+    one.as_file("one.expt")
+    n_pixels = {}
+    for mask in ("mask=None", "mask=box.mask"):
+        diffuse_extract.run(["one.expt", "bragg.exclusion=none", "grid.d_min=2", mask])
+        n_pixels[mask] = all_rows(["num_pixels.valid"])["num_pixels.valid"].sum()
+    assert n_pixels["mask=None"] - n_pixels["mask=box.mask"] == 100 * 50
