@@ -230,6 +230,8 @@ def write_output(
         ValueError: An output name will not do, or something went wrong on the way.
     """
     expt_name, refl_name = params.output.experiments, params.output.reflections
+    if not (expt_name and refl_name):
+        raise ValueError("output.experiments and output.reflections must be names")
     if os.path.splitext(expt_name)[1] not in (".expt", ".json"):
         raise ValueError(f"output.experiments={expt_name} must end in .expt or .json")
     if os.path.realpath(expt_name) == os.path.realpath(refl_name):
