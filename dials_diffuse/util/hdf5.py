@@ -16,29 +16,54 @@ import h5py
 class GuardedFile:
     """An unbuffered file that keeps errors instead of raising them.
 
-    Has the methods that h5py asks of a file object.
+    Has the methods that h5py asks of a file object. What is written after the first
+    error stays in memory, because the library reads some of it back: that is what it
+    writes between two calls of ``HDF5Output.check``, and to close the file.
 
     Args:
         path: File to make.
 
     Attributes:
-        error: The first error, after which nothing more is written.
+        error: The first error, after which nothing more reaches the disk.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
         self._raw = open(path, "w+b", buffering=0)
+        self._position = 0
+        self._kept: list[tuple[int, bytes]] = []
         self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         view = memoryview(data).cast("B")
         done = 0
-        while self.error is None and done < len(view):
-            try:
-                # A disk that fills up takes part of the data before it fails.
+        try:
+            # A disk that fills up takes part of the data before it fails.
+            while self.error is None and done < len(view):
                 done += self._raw.write(view[done:])
-            except OSError as e:
-                self.error = e
+        except OSError as e:
+            self.error = e
+        if done < len(view):
+            self._kept.append((self._position + done, bytes(view[done:])))
+        self._position += len(view)
         return len(view)
+
+    def readinto(self, buffer: bytearray) -> int:
+        view = memoryview(buffer).cast("B")
+        n = self._raw.readinto(view)
+        view[n:] = bytes(len(view) - n)
+        for offset, data in self._kept:
+            start = max(offset - self._position, 0)
+            stop = min(offset + len(data) - self._position, len(view))
+            if start < stop:
+                skip = start + self._position - offset
+                view[start:stop] = data[skip : skip + stop - start]
+        self._position += len(view)
+        return len(view)
+
+    def read(self, size: int) -> bytes:
+        buffer = bytearray(size)
+        self.readinto(buffer)
+        return bytes(buffer)
 
     def truncate(self, size: int) -> int:
         if self.error is None:
@@ -48,17 +73,12 @@ class GuardedFile:
                 self.error = e
         return size
 
-    def read(self, size: int = -1) -> bytes:
-        return self._raw.read(size)
-
-    def readinto(self, buffer: bytearray) -> int:
-        return self._raw.readinto(buffer)
-
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self._raw.seek(offset, whence)
+        self._position = self._raw.seek(offset, whence)
+        return self._position
 
     def tell(self) -> int:
-        return self._raw.tell()
+        return self._position
 
     def flush(self) -> None:
         """Nothing to do: the file is not buffered."""

@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 import pytest
 
-from dials_diffuse.util.hdf5 import HDF5Output
+from dials_diffuse.util.hdf5 import GuardedFile, HDF5Output
 
 # Chunks that grow are kept in a cache, which the library cannot empty on a full disk
 FULL_DISK = """
@@ -77,3 +77,23 @@ def test_error_is_raised_when_asked_for(tmp_path):
         output.check()
     with pytest.raises(OSError, match="made up"):
         output.close()
+
+
+def test_what_could_not_be_written_can_be_read_back(tmp_path):
+    handle = GuardedFile(tmp_path / "file")
+    handle.write(b"0123456789")
+    handle.error = OSError("made up")
+    handle.seek(8)
+    handle.write(b"abcd")
+    handle.seek(3)
+    handle.write(b"XY")
+    for start, expected in ((0, b"012XY567ab"), (9, b"bcd"), (4, b"Y567")):
+        buffer = bytearray(len(expected))
+        handle.seek(start)
+        handle.readinto(buffer)
+        assert buffer == expected
+        assert handle.tell() == start + len(expected)
+    handle.seek(10)
+    assert handle.read(4) == b"cd\0\0"
+    handle.close()
+    assert (tmp_path / "file").read_bytes() == b"0123456789"
