@@ -107,6 +107,7 @@ def _blocks_of_task(
 
 def _run_task(first: int, last: int) -> TaskResult:
     """Process the blocks first..last-1 of the job."""
+    ext.keep_freed_memory()
     result = TaskResult()
     rows = _blocks_of_task(_job.blocks[first:last], result)
     result.paths = write_runs(rows, _job.folder, f"run_{first:08d}")

@@ -14,7 +14,7 @@ import dials_diffuse_ext as ext
 from dials_diffuse.extraction.blocks import Block, image_number
 from dials_diffuse.extraction.settings import ExtractionSettings
 from dials_diffuse.extraction.tables import PanelTable
-from dials_diffuse.geometry.orientation import FrameModel, frame_model
+from dials_diffuse.geometry.orientation import FrameModel, frame_model, inverse
 from dials_diffuse.grid import Grid
 
 BATCH_PIXELS = 64_000_000  # of raw images held in memory, 4 bytes each
@@ -40,7 +40,7 @@ def loop_frame(
     model: FrameModel, experiment: Experiment, grid: Grid, settings: ExtractionSettings
 ) -> ext.Frame:
     """What the pixel loop needs to know of one image."""
-    w = np.diag(grid.ndiv) @ np.linalg.inv(model.setting)
+    w = np.array(grid.ndiv)[:, None] * inverse(model.setting)
     return ext.make_frame(
         w=tuple(w.ravel()),
         s0=tuple(model.s0),

@@ -14,6 +14,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from dxtbx.model import Crystal, Experiment
+from scitbx import matrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,3 +89,12 @@ def goniometer_rotation(experiment: Experiment, array_index: int) -> np.ndarray:
     axis = np.array(goniometer.get_rotation_axis_datum())
     phi = scan.get_angle_from_array_index(array_index + 0.5, deg=False)
     return setting @ Rotation.from_rotvec(phi * axis).as_matrix() @ fixed
+
+
+def inverse(a: np.ndarray) -> np.ndarray:
+    """Inverse of a 3 x 3 matrix.
+
+    Not by numpy: its LAPACK wakes a team of threads, which then burns processor time
+    for longer than the images of a block take.
+    """
+    return np.array(matrix.sqr(a.ravel()).inverse()).reshape(3, 3)

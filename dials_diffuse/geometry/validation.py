@@ -9,7 +9,7 @@ from dxtbx.model import Experiment
 
 from dials.array_family import flex
 from dials_diffuse.geometry.directions import pixel_to_millimeter
-from dials_diffuse.geometry.orientation import frame_model
+from dials_diffuse.geometry.orientation import frame_model, inverse
 from dials_diffuse.util.compat import miller_index_to_numpy
 
 
@@ -50,5 +50,5 @@ def index_residuals(
         rows = image == array_index
         frame = frame_model(experiment, int(array_index))
         rlp = e[rows] * np.linalg.norm(frame.s0) - frame.s0
-        h[rows] = rlp @ np.linalg.inv(frame.setting).T
+        h[rows] = rlp @ inverse(frame.setting).T
     return h - miller_index_to_numpy(reflections["miller_index"])

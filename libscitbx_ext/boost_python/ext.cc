@@ -1,5 +1,8 @@
 /* Bindings of the pixel loop: arrays come and go as flex arrays. */
 #include <boost/python.hpp>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 #include <scitbx/array_family/boost_python/flex_fwd.h>
 #include <scitbx/array_family/flex_types.h>
@@ -188,8 +191,19 @@ namespace dials_diffuse { namespace boost_python {
     return result;
   }
 
+  /* Images of many megabytes are allocated and freed one after the other. Without this
+   * the C library returns the memory to the system each time, and the system clears
+   * it page by page for the next image. */
+  void keep_freed_memory() {
+#ifdef __GLIBC__
+    mallopt(M_MMAP_THRESHOLD, 1 << 30);
+    mallopt(M_TRIM_THRESHOLD, 1 << 30);
+#endif
+  }
+
   BOOST_PYTHON_MODULE(dials_diffuse_ext) {
     using namespace bp;
+    def("keep_freed_memory", &keep_freed_memory);
     class_<Panel>("Panel", no_init)
       .def(init<const af::shared<float> &,
                 const af::shared<float> &,
