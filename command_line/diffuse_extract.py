@@ -27,28 +27,27 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 from typing import Any, Sequence
 
-import numpy as np
-
-import dxtbx
 import libtbx.phil
-from dxtbx import flumpy
-from dxtbx.model.experiment_list import ExperimentList, ExperimentListFactory
+from dxtbx.model.experiment_list import ExperimentList
 from libtbx.utils import Sorry
 
 import dials.util
-from dials.array_family import flex
-from dials.util.multi_dataset_handling import generate_experiment_identifiers
-from dials.util.options import ArgumentParser, flatten_experiments, flatten_reflections
-from dials_diffuse.extraction.blocks import missing_images
+from dials.util.options import ArgumentParser
 from dials_diffuse.extraction.extract import extract
 from dials_diffuse.extraction.reference import make_grid
 from dials_diffuse.extraction.report import log_crystals, log_geometry, log_grid
 from dials_diffuse.extraction.settings import ExtractionSettings
 from dials_diffuse.extraction.tables import check_masks
+from dials_diffuse.io.inputs import (
+    load_experiments,
+    load_reflections,
+    read_mask,
+    with_crystals,
+)
 from dials_diffuse.util.command import (
+    ends_by_signal,
     load_phil,
     parse_arguments,
     report_changes,
@@ -61,160 +60,22 @@ logger = logging.getLogger("dials.diffuse.extract")
 phil_scope = load_phil("extract")
 
 
-def read_mask(path: str) -> tuple[np.ndarray, ...]:
-    """The mask of each panel in a file of dials.generate_mask.
+def check_output(params: Any, inputs: Sequence[str]) -> None:
+    """Check the names of the output files.
 
     Raises:
-        ValueError: The file cannot be read as a mask.
+        ValueError: A name is missing, is used twice, or will not do.
     """
-    try:
-        with open(path, "rb") as handle:
-            masks = pickle.load(handle)
-        masks = masks if isinstance(masks, (tuple, list)) else (masks,)
-        if not masks or not all(isinstance(mask, flex.bool) for mask in masks):
-            raise ValueError("it holds something else")
-        return tuple(flumpy.to_numpy(mask) for mask in masks)
-    except OSError as e:
-        reason = e.strerror
-    except Exception as e:  # unpickling a file of another kind raises anything
-        reason = " ".join(str(e).split()) or type(e).__name__
-    raise ValueError(
-        f"Cannot read the mask {path} ({reason}): give a file of dials.generate_mask"
-    )
-
-
-def check_identifiers(params: Any) -> None:
-    """Check that no experiment is given twice.
-
-    Raises:
-        ValueError: Two experiments have the same identifier.
-    """
-    seen = {}
-    for item in params.input.experiments:
-        for identifier in filter(None, item.data.identifiers()):
-            if identifier in seen:
-                raise ValueError(
-                    f"{seen[identifier]} and {item.filename} hold the same experiment "
-                    f"(identifier {identifier}): give each only once"
-                )
-            seen[identifier] = item.filename
-
-
-def open_images(name: str) -> ExperimentList:
-    """The experiments of a file with their images opened.
-
-    Raises:
-        ValueError: The first image of an image set cannot be opened.
-    """
-    try:
-        return ExperimentListFactory.from_json_file(name)
-    except Exception as e:  # formats raise whatever their file reader raises
-        reason = " ".join(str(e).split()) or type(e).__name__
-        models = ExperimentListFactory.from_json_file(name, check_format=False)
-        firsts = {imageset.get_path(0) for imageset in models.imagesets()}
-        damaged = ", ".join(sorted(filter(is_damaged, firsts))) or "no image by itself"
-        raise ValueError(
-            f"Cannot open the images of {name} ({reason}; damaged: {damaged}): restore "
-            "them or leave them out"
-        ) from e
-
-
-def is_damaged(path: str) -> bool:
-    """Whether dxtbx cannot make out the detector of an image."""
-    try:
-        dxtbx.load(path).get_detector()
-    except Exception:  # as above
-        return True
-    return False
-
-
-def load_experiments(params: Any) -> ExperimentList:
-    """The experiments of the command line with their images, those without a crystal
-    left out.
-
-    Raises:
-        ValueError: No experiments, missing images, or no crystal.
-    """
-    if not params.input.experiments:
-        raise ValueError("Please give an experiment list (.expt) with refined models")
-    names = [item.filename for item in params.input.experiments]
-    check_identifiers(params)
-    models = flatten_experiments(params.input.experiments)
-    if any(experiment.imageset is None for experiment in models):
-        raise ValueError(f"{', '.join(names)}: experiments without images")
-    missing = missing_images(models)
-    if missing:
-        raise ValueError(
-            f"{len(missing)} image(s) of {', '.join(names)} are missing, the first is "
-            f"{missing[0]}: restore them, or import them again at their new place"
-        )
-    experiments = ExperimentList()
-    for name in names:
-        experiments.extend(open_images(name))
-    with_crystal = ExperimentList([e for e in experiments if e.crystal is not None])
-    if not with_crystal:
-        raise ValueError(
-            f"{', '.join(names)}: no experiment has a crystal. Index the images first "
-            "(dials.index or dials.stills_process)"
-        )
-    if len(with_crystal) < len(experiments):
-        logger.info(
-            "%d of %d experiments have no crystal and are left out",
-            len(experiments) - len(with_crystal),
-            len(experiments),
-        )
-    if any(not experiment.identifier for experiment in with_crystal):
-        generate_experiment_identifiers(with_crystal)
-    return with_crystal
-
-
-def matching_reflections(
-    params: Any, experiments: ExperimentList
-) -> flex.reflection_table | None:
-    """The indexed reflections of the experiments, their ``id`` made to fit the list.
-
-    Raises:
-        ValueError: A table is empty, or belongs to other experiments.
-    """
-    if not params.input.reflections:
-        return None
-    number = {experiment.identifier: i for i, experiment in enumerate(experiments)}
-    result = flex.reflection_table()
-    for item, table in zip(
-        params.input.reflections, flatten_reflections(params.input.reflections)
-    ):
-        if len(table) == 0:
-            raise ValueError(
-                f"{item.filename} has no reflections: leave it out or give another"
-            )
-        identifiers = dict(table.experiment_identifiers())
-        if identifiers and not set(identifiers.values()) & set(number):
-            raise ValueError(
-                f"{item.filename} belongs to other experiments than the experiment "
-                "list (no identifier in common): give the pair of one program run"
-            )
-        indexed = table.select(
-            table.get_flags(table.flags.indexed, all=False) & (table["id"] >= 0)
-        )
-        ids = flumpy.to_numpy(indexed["id"])
-        renumbered = np.array(
-            [number.get(identifiers.get(i), -1) if identifiers else i for i in ids],
-            dtype=np.int32,
-        )
-        if not identifiers and ids.size and ids.max() >= len(experiments):
-            raise ValueError(
-                f"{item.filename} refers to {ids.max() + 1} experiments, the list has "
-                f"{len(experiments)}: give the pair of one program run"
-            )
-        selected = indexed.select(flumpy.from_numpy(renumbered >= 0))
-        columns = flex.reflection_table()
-        for name in ("miller_index", "xyzobs.px.value", "panel"):
-            if name not in selected:
-                raise ValueError(f"{item.filename} has no column {name}: index first")
-            columns[name] = selected[name]
-        columns["id"] = flumpy.from_numpy(renumbered[renumbered >= 0])
-        result.extend(columns)
-    return result
+    expt_name, refl_name = params.output.experiments, params.output.reflections
+    if not (expt_name and refl_name):
+        raise ValueError("output.experiments and output.reflections must be names")
+    if os.path.splitext(expt_name)[1] not in (".expt", ".json"):
+        raise ValueError(f"output.experiments={expt_name} must end in .expt or .json")
+    used = {os.path.realpath(name) for name in inputs}
+    for option, name in (("experiments", expt_name), ("reflections", refl_name)):
+        if os.path.realpath(name) in used:
+            raise ValueError(f"output.{option}={name} is in use: give another name")
+        used.add(os.path.realpath(name))
 
 
 def write_output(
@@ -224,21 +85,8 @@ def write_output(
     settings: ExtractionSettings,
     inputs: list[str],
 ) -> None:
-    """Extract, and write the table and its experiment list, both or none.
-
-    Raises:
-        ValueError: An output name will not do, or something went wrong on the way.
-    """
+    """Extract, and write the table and its experiment list, both or none."""
     expt_name, refl_name = params.output.experiments, params.output.reflections
-    if not (expt_name and refl_name):
-        raise ValueError("output.experiments and output.reflections must be names")
-    if os.path.splitext(expt_name)[1] not in (".expt", ".json"):
-        raise ValueError(f"output.experiments={expt_name} must end in .expt or .json")
-    if os.path.realpath(expt_name) == os.path.realpath(refl_name):
-        raise ValueError(
-            f"output.experiments and output.reflections are both {expt_name}: give two "
-            "names"
-        )
     grid = make_grid(experiments, settings)
     log_grid(grid)
     log_crystals(experiments, grid)
@@ -247,6 +95,25 @@ def write_output(
         extract(experiments, grid, settings, table, phil=phil, inputs=inputs)
     logger.info("Wrote the experiments to %s", expt_name)
     logger.info("Wrote the observations to %s", refl_name)
+
+
+def process(params: Any, phil: str) -> None:
+    """Read the input, extract, write the output."""
+    names = [item.filename for item in params.input.experiments]
+    inputs = names + [item.filename for item in params.input.reflections]
+    check_output(params, inputs)
+    all_experiments = load_experiments(params.input.experiments)
+    reflections = load_reflections(params.input.reflections, all_experiments)
+    experiments = with_crystals(all_experiments, names)
+    mask = None
+    if params.mask is not None:
+        mask = read_mask(params.mask)
+        for detector in experiments.detectors():
+            check_masks(detector, mask, params.mask)
+    settings = ExtractionSettings.from_phil(params, mask)
+    if reflections is not None:
+        log_geometry(all_experiments, reflections)
+    write_output(params, phil, experiments, settings, inputs)
 
 
 @dials.util.show_mail_handle_errors()
@@ -273,21 +140,8 @@ def run(
         report_changes(parser)
         if files:
             raise ValueError(f"{files[0]} is an HDF5 file, which is not used here")
-        experiments = load_experiments(params)
-        mask = None
-        if params.mask is not None:
-            mask = read_mask(params.mask)
-            for detector in experiments.detectors():
-                check_masks(detector, mask, params.mask)
-        settings = ExtractionSettings.from_phil(params, mask)
-        reflections = matching_reflections(params, experiments)
-        if reflections is not None:
-            log_geometry(experiments, reflections)
-        inputs = [
-            item.filename
-            for item in params.input.experiments + params.input.reflections
-        ]
-        write_output(params, parser.phil.as_str(), experiments, settings, inputs)
+        with ends_by_signal():
+            process(params, parser.phil.as_str())
     except ValueError as e:
         raise Sorry(e) from None
 

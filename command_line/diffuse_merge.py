@@ -45,6 +45,7 @@ from dials_diffuse.merging.statistics import MergingStatistics
 from dials_diffuse.report.slices import central_layers, plot_layers
 from dials_diffuse.scaling.initial import ScaledTable, scale_experiments
 from dials_diffuse.util.command import (
+    ends_by_signal,
     load_phil,
     parse_arguments,
     report_changes,
@@ -232,7 +233,7 @@ def run(
         start_log(params, options)
         report_changes(parser)
         experiments = flatten_experiments(params.input.experiments)
-        with contextlib.ExitStack() as stack:
+        with ends_by_signal(), contextlib.ExitStack() as stack:
             tables = [stack.enter_context(ObservationFile(path)) for path in files]
             log_input(tables)
             check_experiments(experiments, tables)

@@ -23,6 +23,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstddef>
+#include <exception>
 #include <stdexcept>
 #include <thread>
 #include <vector>
@@ -398,6 +399,25 @@ inline std::vector<uint32_t> order_by_voxel(const std::vector<Sums> &sums) {
   return order;
 }
 
+/* Threads that are joined when it goes out of scope, also if one could not start. */
+class Team {
+public:
+  explicit Team(std::size_t size) {
+    threads_.reserve(size);
+  }
+  template <typename Work>
+  void start(const Work &work, std::size_t t) {
+    threads_.push_back(std::thread(work, t));
+  }
+  ~Team() {
+    for (std::size_t t = 0; t < threads_.size(); ++t)
+      threads_[t].join();
+  }
+
+private:
+  std::vector<std::thread> threads_;
+};
+
 /* Collects what one panel saw of the images of one block: all the frames that make one
  * observation per voxel. */
 class Accumulator {
@@ -407,15 +427,26 @@ public:
     tables_.assign(n_threads, VoxelTable(box));
   }
 
-  /* Adds images of the panel; the rows are dealt out to the threads in bands. */
+  /* Adds images of the panel; the rows are dealt out to the threads in bands. What one
+   * of them throws is thrown here once all have ended. */
   template <typename T>
   void add(const PanelView &p, const std::vector<Image<T> > &images) {
-    std::vector<std::thread> team;
-    for (std::size_t t = 1; t < tables_.size(); ++t)
-      team.push_back(std::thread([&, t]() { band(t, p, images); }));
-    band(0, p, images);
-    for (std::size_t t = 0; t < team.size(); ++t)
-      team[t].join();
+    std::vector<std::exception_ptr> errors(tables_.size());
+    auto work = [&](std::size_t t) {
+      try {
+        band(t, p, images);
+      } catch (...) {
+        errors[t] = std::current_exception();
+      }
+    };
+    {
+      Team team(tables_.size() - 1);
+      for (std::size_t t = 1; t < tables_.size(); ++t)
+        team.start(work, t);
+      work(0);
+    }
+    for (std::size_t t = 0; t < errors.size(); ++t)
+      if (errors[t]) std::rethrow_exception(errors[t]);
   }
 
   /* The sums of all voxels seen, in C order; empties the tables. */

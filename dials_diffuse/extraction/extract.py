@@ -33,7 +33,7 @@ from dials_diffuse.extraction.tables import (
     PanelTable,
     TableKey,
     detector_tables,
-    table_key,
+    table_keys,
 )
 from dials_diffuse.grid import Grid
 from dials_diffuse.io.observations import ObservationWriter
@@ -139,6 +139,9 @@ def _results(tasks: list[tuple[int, int]], nproc: int) -> Iterator[TaskResult]:
         except BaseException:
             for future in futures:
                 future.cancel()
+            # nobody wants the results of the running tasks either
+            for worker in multiprocessing.active_children():
+                worker.terminate()
             raise
 
 
@@ -201,7 +204,7 @@ def extract(
     ) as folder:
         job = Job(
             experiments=experiments,
-            keys=tuple(table_key(experiment) for experiment in experiments),
+            keys=table_keys(experiments),
             blocks=tuple(blocks),
             grid=grid,
             settings=settings,

@@ -13,6 +13,7 @@ from dxtbx.model.experiment_list import ExperimentList
 
 from dials_diffuse import symmetry
 from dials_diffuse.extraction.settings import ExtractionSettings
+from dials_diffuse.extraction.tables import detector_numbers
 from dials_diffuse.grid import Grid
 
 
@@ -55,7 +56,7 @@ def reference_cell(
             raise ValueError(
                 f"grid.unit_cell={cell} does not obey the space group {group.info()}"
             )
-        return cell
+        return group.average_unit_cell(cell)
     if settings.reference_cell == "first":
         crystals = crystals[:1]
     cell = mean_cell([crystal.get_unit_cell() for crystal in crystals])
@@ -104,8 +105,8 @@ def make_grid(experiments: ExperimentList, settings: ExtractionSettings) -> Grid
 def _one_per_detector(experiments: ExperimentList) -> list[Experiment]:
     """An experiment for each pair of detector and wavelength."""
     pairs = {}
-    for e in experiments:
-        pairs.setdefault((id(e.detector), round(e.beam.get_wavelength(), 4)), e)
+    for number, e in zip(detector_numbers(experiments), experiments):
+        pairs.setdefault((number, round(e.beam.get_wavelength(), 4)), e)
     return list(pairs.values())
 
 

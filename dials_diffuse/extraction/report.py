@@ -73,11 +73,14 @@ def log_geometry(
 ) -> None:
     """Log where indexed spots fall; warn if they are not at their Bragg positions."""
     ids = flumpy.to_numpy(reflections["id"])
+    order = np.argsort(ids, kind="stable")
+    starts = np.searchsorted(ids[order], np.arange(len(experiments) + 1))
     rows, bad = [], []
     for number, experiment in enumerate(experiments):
-        selected = reflections.select(flumpy.from_numpy(ids == number))
-        if len(selected) == 0:
+        of_experiment = order[starts[number] : starts[number + 1]].astype(np.uint64)
+        if len(of_experiment) == 0:
             continue
+        selected = reflections.select(flumpy.from_numpy(of_experiment))
         residuals = index_residuals(experiment, selected)
         distance = np.sqrt(np.sum(residuals**2, axis=1))
         rms = float(np.sqrt(np.mean(distance**2)))

@@ -16,6 +16,7 @@ import numpy as np
 from dxtbx import flumpy
 from dxtbx.imageset import ImageSet
 from dxtbx.model import Beam, Detector, Experiment, Panel
+from dxtbx.model.experiment_list import ExperimentList
 
 import dials_diffuse_ext as ext
 from dials_diffuse import corrections
@@ -35,18 +36,32 @@ class TableKey:
     mask: str
 
 
-def table_key(experiment: Experiment) -> TableKey:
-    """The key of an experiment's arrays."""
-    beam = experiment.beam
-    digest = hashlib.sha1(json.dumps(experiment.detector.to_dict()).encode())
-    return TableKey(
-        detector=digest.hexdigest(),
-        beam=(
-            *beam.get_s0(),
-            *beam.get_polarization_normal(),
-            beam.get_polarization_fraction(),
-        ),
-        mask=_mask_digest(experiment.imageset),
+def detector_numbers(experiments: ExperimentList) -> list[int]:
+    """Number of each experiment's detector among those that experiments share."""
+    numbers = [0] * len(experiments)
+    for number, detector in enumerate(experiments.detectors()):
+        for i in experiments.indices(detector):
+            numbers[i] = number
+    return numbers
+
+
+def table_keys(experiments: ExperimentList) -> tuple[TableKey, ...]:
+    """The key of each experiment's arrays."""
+    digests = [
+        hashlib.sha1(json.dumps(detector.to_dict()).encode()).hexdigest()
+        for detector in experiments.detectors()
+    ]
+    return tuple(
+        TableKey(
+            detector=digests[number],
+            beam=(
+                *experiment.beam.get_s0(),
+                *experiment.beam.get_polarization_normal(),
+                experiment.beam.get_polarization_fraction(),
+            ),
+            mask=_mask_digest(experiment.imageset),
+        )
+        for number, experiment in zip(detector_numbers(experiments), experiments)
     )
 
 
@@ -221,9 +236,13 @@ def detector_tables(
         arrays = panel_arrays(panel, experiment.beam, good, settings.corrections)
         nfast, nslow = panel.get_image_size()
         low, high = settings.trusted_range or inclusive_trusted_range(panel)
+        # Named, so that they outlive an exception: dxtbx 3.11 aborts the process if such
+        # an array is freed while one is on its way.
+        e = [flumpy.from_numpy(component.ravel()) for component in arrays.e]
+        weight = flumpy.from_numpy(arrays.weight.ravel())
         loop_panel = ext.Panel(
-            *(flumpy.from_numpy(x.ravel()) for x in arrays.e),
-            weight=flumpy.from_numpy(arrays.weight.ravel()),
+            *e,
+            weight=weight,
             nfast=nfast,
             nslow=nslow,
             trusted_min=float(low),

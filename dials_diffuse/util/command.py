@@ -8,11 +8,14 @@ A command loads its PHIL once (``load_phil``); its run() parses the arguments
 
 from __future__ import annotations
 
+import contextlib
 import importlib.resources
 import logging
 import os
+import signal
 import sys
-from typing import Any, NoReturn, Sequence
+import threading
+from typing import Any, Iterator, NoReturn, Sequence
 
 import h5py
 
@@ -90,6 +93,23 @@ def _why_unhandled(arg: str, phil: libtbx.phil.scope) -> str:
         reason = " ".join(str(e).split())
         return reason if arg in reason else f"{arg}: {reason}"
     return f"{arg} is not understood: see the help (-h)"
+
+
+@contextlib.contextmanager
+def ends_by_signal() -> Iterator[None]:
+    """Within it SIGTERM, by which batch systems end a job, ends it like an error.
+
+    So temporary files are removed. A handler that a program has set stays in force.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def start_log(params: Any, options: Any) -> None:

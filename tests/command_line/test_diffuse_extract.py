@@ -429,7 +429,7 @@ def test_the_same_experiment_list_twice(stills):
 
 
 def test_output_files_of_one_name(stills):
-    with refused("are both a.expt: give two names"):
+    with refused("output.reflections=./a.expt is in use"):
         run(stills, "output.experiments=a.expt", "output.reflections=./a.expt")
     with refused("output.experiments=a.refl must end in .expt"):
         run(stills, "output.experiments=a.refl")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 
@@ -36,7 +37,7 @@ from dials_diffuse.extraction.settings import (
     CorrectionSettings,
     ExtractionSettings,
 )
-from dials_diffuse.extraction.tables import table_key
+from dials_diffuse.extraction.tables import detector_numbers, table_keys
 from dials_diffuse.grid import Grid
 from dials_diffuse.io.observations import COLUMNS, GROUP, ObservationFile
 
@@ -613,13 +614,19 @@ def test_provenance(tmp_path):
 def test_tables_are_shared_by_experiments_of_one_detector_only():
     detector = make_detector(1, SMALL, 12.0)
     images = random_images(1, detector)
-    same = [memory_experiment(images, detector, make_crystal()) for _ in range(2)]
-    assert table_key(same[0]) == table_key(same[1])
     moved = make_detector(1, SMALL, 12.001)
-    assert table_key(memory_experiment(images, moved, make_crystal())) != table_key(
-        same[0]
-    )
     beam = make_beam()
     beam.set_polarization_fraction(0.8)
-    other = memory_experiment(images, detector, make_crystal(), beam)
-    assert table_key(other) != table_key(same[0])
+    members = [
+        memory_experiment(images, detector, make_crystal()),
+        memory_experiment(images, copy.deepcopy(detector), make_crystal()),
+        memory_experiment(images, moved, make_crystal()),
+        memory_experiment(images, detector, make_crystal(), beam),
+    ]
+    for identifier, experiment in zip("abcd", members):
+        experiment.identifier = identifier
+    experiments = ExperimentList(members)
+    first, equal, other_detector, other_beam = table_keys(experiments)
+    assert first == equal
+    assert len({first, other_detector, other_beam}) == 3
+    assert detector_numbers(experiments) == [0, 1, 2, 0]
