@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import time
 
 import h5py
 import pytest
@@ -11,6 +14,8 @@ import dials_diffuse
 from dials.util.options import ArgumentParser
 from dials.util.version import dials_version
 from dials_diffuse.util import command
+from dials_diffuse.util.command import ends_by_signal
+from dials_diffuse.util.files import atomic_path
 
 PHIL = """
 n_shells = 20
@@ -87,3 +92,27 @@ def test_log_that_cannot_be_written(parser, tmp_path):
     )
     with pytest.raises(ValueError, match="Cannot write the log file .*test.log"):
         command.start_log(params, options)
+
+
+def test_termination_removes_temporary_files(tmp_path):
+    """SIGTERM, by which batch systems end a job, unwinds like an error."""
+    with pytest.raises(SystemExit) as stop, ends_by_signal():
+        with atomic_path(tmp_path / "map.h5") as path:
+            path.write_text("half of it")
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+    assert stop.value.code == 143
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_handler_of_another_program_stays():
+    def mine(*_):
+        raise AssertionError("never called")
+
+    old = signal.signal(signal.SIGTERM, mine)
+    try:
+        with ends_by_signal():
+            assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, old)
