@@ -37,7 +37,12 @@ import dials.util
 from dials.util.options import ArgumentParser
 from dials_diffuse.extraction.extract import extract
 from dials_diffuse.extraction.reference import make_grid
-from dials_diffuse.extraction.report import log_crystals, log_geometry, log_grid
+from dials_diffuse.extraction.report import (
+    log_crystals,
+    log_geometry,
+    log_grid,
+    log_rotation,
+)
 from dials_diffuse.extraction.settings import ExtractionSettings
 from dials_diffuse.extraction.tables import check_masks
 from dials_diffuse.io.inputs import (
@@ -85,11 +90,12 @@ def write_output(
     settings: ExtractionSettings,
     inputs: list[str],
 ) -> None:
-    """Extract, and write the table and its experiment list, both or none."""
+    """Extract, and write the table and its experiment list once both are complete."""
     expt_name, refl_name = params.output.experiments, params.output.reflections
     grid = make_grid(experiments, settings)
     log_grid(grid)
     log_crystals(experiments, grid)
+    log_rotation(experiments, grid)
     with atomic_path(refl_name) as table, atomic_path(expt_name) as expt:
         experiments.as_file(expt)  # first: a name that will not do shows at once
         extract(experiments, grid, settings, table, phil=phil, inputs=inputs)

@@ -9,6 +9,7 @@ floor(h·ndiv + 1/2). Lengths (1/d, Å⁻¹) are those of the reference cell.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -75,6 +76,11 @@ class Grid:
         """Primitive Laue group, in the setting of the space group."""
         return symmetry.laue_group(sgtbx.space_group(self.space_group))
 
+    @functools.cached_property
+    def rotations(self) -> np.ndarray:
+        """Rotation parts of the Laue group, shape (n_ops, 3, 3), h' = h R."""
+        return symmetry.rotation_matrices(self.laue_group)
+
     @property
     def half_size(self) -> tuple[int, int, int]:
         """Largest voxel index along each axis that the sphere of radius 1/d_min meets.
@@ -90,11 +96,6 @@ class Grid:
     def shape(self) -> tuple[int, int, int]:
         """Number of voxels of the bounding box along h, k and l."""
         return tuple(2 * n + 1 for n in self.half_size)
-
-    @property
-    def voxel_volume(self) -> float:
-        """Volume of a voxel in Å⁻³."""
-        return 1.0 / (self.cell.volume() * math.prod(self.ndiv))
 
     @property
     def half_diagonal(self) -> float:

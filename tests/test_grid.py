@@ -82,12 +82,6 @@ def test_axes_are_miller_indices():
         np.testing.assert_allclose(np.diff(axis), 1 / div)
 
 
-def test_voxels_fill_the_reciprocal_cell():
-    grid = Grid(TRICLINIC, (2, 3, 4), " P 1", 2.0)
-    reciprocal = uctbx.unit_cell(TRICLINIC).reciprocal().volume()
-    assert 24 * grid.voxel_volume == pytest.approx(reciprocal)
-
-
 def test_half_diagonal_bounds_the_distance_to_the_centre():
     grid = Grid(TRICLINIC, (2, 3, 1), " P 1", 2.0)
     corners = np.stack(np.meshgrid(*[(-0.5, 0.5)] * 3), axis=-1).reshape(-1, 3)

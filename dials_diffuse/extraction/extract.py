@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import logging
 import multiprocessing
+import multiprocessing.synchronize
 import os
 import tempfile
 from pathlib import Path
@@ -40,21 +41,33 @@ from dials_diffuse.io.observations import ObservationWriter
 
 logger = logging.getLogger("dials.diffuse.extract")
 
+# fork hands over the open experiments and the detector arrays without a copy
+FORK = multiprocessing.get_context("fork")
 CACHED_TABLES = 2  # 100 MB each for 6 million pixels
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """All that a worker needs; handed over by fork, never pickled."""
+    """All that a worker needs; handed over by fork, never pickled.
+
+    Attributes:
+        keys: Which detector arrays each experiment needs.
+        first: The first experiment of each key.
+        n_threads: Threads of each worker.
+        compared: Experiments whose indexing settings are compared.
+        stop: Set when the results are no longer wanted.
+    """
 
     experiments: ExperimentList
     keys: tuple[TableKey, ...]
+    first: dict[TableKey, int]
     blocks: tuple[Block, ...]
     grid: Grid
     settings: ExtractionSettings
     folder: Path
     n_threads: int
     compared: frozenset[int]
+    stop: multiprocessing.synchronize.Event
 
 
 @dataclasses.dataclass
@@ -74,8 +87,7 @@ _job: Job | None = None
 @functools.lru_cache(maxsize=CACHED_TABLES)
 def _tables(key: TableKey) -> list[PanelTable]:
     """Detector arrays of a key, made when first needed."""
-    number = _job.keys.index(key)
-    return detector_tables(_job.experiments[number], _job.settings)
+    return detector_tables(_job.experiments[_job.first[key]], _job.settings)
 
 
 def _blocks_of_task(
@@ -84,6 +96,8 @@ def _blocks_of_task(
     """The observations of each block; adds to the counts of the result."""
     accumulators: list[ext.Accumulator] = []
     for block in blocks:
+        if _job.stop.is_set():
+            return
         experiment = _job.experiments[block.experiment]
         tables = _tables(_job.keys[block.experiment])
         rows = accumulate_block(
@@ -129,19 +143,16 @@ def _results(tasks: list[tuple[int, int]], nproc: int) -> Iterator[TaskResult]:
         for task in tasks:
             yield _run_task(*task)
         return
-    # fork hands over the open experiments and the detector arrays without a copy
-    context = multiprocessing.get_context("fork")
-    with concurrent.futures.ProcessPoolExecutor(nproc, mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(nproc, mp_context=FORK) as pool:
         futures = [pool.submit(_run_task, *task) for task in tasks]
         try:
             for future in futures:
                 yield future.result()
         except BaseException:
+            # nobody wants the results any more: tasks end after their present block
+            _job.stop.set()
             for future in futures:
                 future.cancel()
-            # nobody wants the results of the running tasks either
-            for worker in multiprocessing.active_children():
-                worker.terminate()
             raise
 
 
@@ -202,21 +213,31 @@ def extract(
     with tempfile.TemporaryDirectory(
         prefix=f"{path.name}.", suffix=".runs", dir=path.parent
     ) as folder:
+        keys = table_keys(experiments)
         job = Job(
             experiments=experiments,
-            keys=table_keys(experiments),
+            keys=keys,
+            first={key: i for i, key in reversed(list(enumerate(keys)))},
             blocks=tuple(blocks),
             grid=grid,
             settings=settings,
             folder=Path(folder),
             n_threads=max(1, settings.nproc // n_processes),
             compared=stills_to_compare(experiments, grid),
+            stop=FORK.Event(),
         )
         results = _run_tasks(job, n_processes)
         identifiers = {i: e.identifier for i, e in enumerate(experiments)}
         with ObservationWriter(path, grid, identifiers, phil, inputs) as writer:
-            merge_runs([p for result in results for p in result.paths], grid, writer)
+            paths = [path for result in results for path in result.paths]
+            n_beyond = merge_runs(paths, grid, writer)
     _report(results, len(blocks), writer.n_rows)
+    if n_beyond:
+        logger.info(
+            "%d observations beyond d_min in the reference cell were left out: their "
+            "crystals have larger cells",
+            n_beyond,
+        )
     log_settings(
         check_settings({k: v for r in results for k, v in r.contrasts.items()}, grid)
     )

@@ -17,7 +17,9 @@ from dials_diffuse.extraction.tables import PanelTable
 from dials_diffuse.geometry.orientation import FrameModel, frame_model, inverse
 from dials_diffuse.grid import Grid
 
-BATCH_PIXELS = 64_000_000  # of raw images held in memory, 4 bytes each
+BATCH_PIXELS = (
+    64_000_000  # of raw images held in memory, 4 bytes each (8 if floating-point)
+)
 
 # The sums of one observation: ``key`` is the voxel's place in the grid's bounding box,
 # x, y and z are sums over the pixels (px, px, images).
@@ -48,7 +50,9 @@ def loop_frame(
         s_min=1.0 / grid.d_max if grid.d_max else 0.0,
         s_max=1.0 / grid.d_min,
         ndiv=tuple(map(float, grid.ndiv)),
-        exclusion=settings.bragg.metric(experiment.crystal.get_unit_cell()),
+        exclusion=settings.bragg.metric(
+            experiment.crystal.get_unit_cell(), grid.rotations
+        ),
         z=model.z,
     )
 
@@ -78,7 +82,24 @@ def read_image(experiment: Experiment, array_index: int) -> tuple:
             "(slow, fast): give the experiment list that belongs to the images"
         )
     # NeXus files may hold float32
-    return tuple(p.as_double() if isinstance(p, flex.float) else p for p in data)
+    data = tuple(p.as_double() if isinstance(p, flex.float) else p for p in data)
+    if experiment.imageset.has_dynamic_mask():
+        data = without_shadow(data, experiment.imageset.get_mask(number))
+    return data
+
+
+def without_shadow(data: tuple, masks: tuple) -> tuple:
+    """Copies of the panels with a value that is never trusted where they are masked.
+
+    For formats that know the shadow of their goniometer, which moves with the scan.
+    """
+    result = []
+    for panel, mask in zip(data, masks):
+        panel = panel.deep_copy()
+        never = -(2**31) if isinstance(panel, flex.int) else float("nan")
+        panel.set_selected(~mask.as_1d(), never)
+        result.append(panel)
+    return tuple(result)
 
 
 def batches(block: Block, detector: Detector) -> list[range]:

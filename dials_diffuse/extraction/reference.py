@@ -112,13 +112,15 @@ def _one_per_detector(experiments: ExperimentList) -> list[Experiment]:
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Distance of each crystal from the reference cell, in index units.
+    """Distance of each crystal from the reference cell at the high resolution limit.
 
     Attributes:
-        rms: Root mean square of |Δhkl| at the high resolution limit, per crystal.
+        rms: Root mean square of |Δhkl|, per crystal.
+        rms_voxels: The same with each index in voxels.
     """
 
     rms: np.ndarray
+    rms_voxels: np.ndarray
 
 
 def crystal_spread(crystals: Sequence[Crystal], grid: Grid) -> Spread:
@@ -132,15 +134,12 @@ def crystal_spread(crystals: Sequence[Crystal], grid: Grid) -> Spread:
     directions /= np.linalg.norm(directions, axis=1)[:, None]
     rlp = directions / grid.d_min
     h = rlp @ _to_fractional(grid.cell).T
-    rms = [
-        np.sqrt(
-            np.mean(
-                np.sum((rlp @ _to_fractional(c.get_unit_cell()).T - h) ** 2, axis=1)
-            )
-        )
-        for c in crystals
-    ]
-    return Spread(rms=np.array(rms))
+    rms = np.empty((2, len(crystals)))
+    for i, crystal in enumerate(crystals):
+        delta = rlp @ _to_fractional(crystal.get_unit_cell()).T - h
+        for j, scale in enumerate((1, grid.ndiv)):
+            rms[j, i] = np.sqrt(np.mean(np.sum((delta * scale) ** 2, axis=1)))
+    return Spread(*rms)
 
 
 def _to_fractional(cell: uctbx.unit_cell) -> np.ndarray:

@@ -41,14 +41,14 @@ def log_grid(grid: Grid) -> None:
 
 def log_crystals(experiments: ExperimentList, grid: Grid) -> None:
     """Log how far the crystals are from the reference cell; warn if it is too far."""
-    rms = crystal_spread([e.crystal for e in experiments], grid).rms
-    voxels = rms * max(grid.ndiv)
+    spread = crystal_spread([e.crystal for e in experiments], grid)
+    voxels = spread.rms_voxels
     logger.info(
         "Cells against the reference cell at %.2f A: rms difference in hkl %.4f (mean), "
         "%.4f (largest), that is %.2f and %.2f voxels",
         grid.d_min,
-        rms.mean(),
-        rms.max(),
+        spread.rms.mean(),
+        spread.rms.max(),
         voxels.mean(),
         voxels.max(),
     )
@@ -65,6 +65,26 @@ def log_crystals(experiments: ExperimentList, grid: Grid) -> None:
             grid.d_min,
             voxels.max(),
             int(voxels.argmax()),
+        )
+
+
+def log_rotation(experiments: ExperimentList, grid: Grid) -> None:
+    """Warn of images that sweep a voxel's width or more at the resolution limit."""
+    width = max(
+        (abs(e.scan.get_oscillation()[1]) for e in experiments if not e.is_still()),
+        default=0.0,
+    )
+    # a rotation by dphi moves a point at s by up to s dphi
+    lengths = np.array(grid.unit_cell[:3]) * grid.ndiv
+    voxels = np.radians(width) / grid.d_min * lengths.max()
+    if voxels > 1:
+        logger.warning(
+            "Warning: images of %g degrees sweep up to %.1f voxels at %.2f A. Each pixel "
+            "is put where the middle of its image is: the map is smeared along the "
+            "rotation. Use finer images, a smaller ndiv or a larger d_min",
+            width,
+            voxels,
+            grid.d_min,
         )
 
 

@@ -124,12 +124,28 @@ def observation_columns(rows: np.ndarray, grid: Grid) -> dict[str, np.ndarray]:
     }
 
 
-def merge_runs(paths: Sequence[Path], grid: Grid, writer: ObservationWriter) -> None:
-    """Append the observations of all runs, sorted by voxel, to a table."""
-    if not paths:
-        return
-    for slab in sorted_slabs(paths):
-        writer.append(observation_columns(slab, grid))
+def within_limit(rows: np.ndarray, grid: Grid) -> np.ndarray:
+    """The rows whose voxels reach into d_min of the reference cell.
+
+    A crystal with a larger cell than the reference reaches voxels beyond, whose
+    equivalents others do not reach.
+    """
+    voxels, voxel_of_row = np.unique(rows["key"], return_inverse=True)
+    limit = 1 / grid.d_min + grid.half_diagonal
+    inside = grid.s(grid.index(voxels)) <= limit
+    return rows if inside.all() else rows[inside[voxel_of_row]]
 
 
-__all__ = ["SUMS", "merge_runs", "observation_columns", "sorted_slabs", "write_runs"]
+def merge_runs(paths: Sequence[Path], grid: Grid, writer: ObservationWriter) -> int:
+    """Append the observations of all runs, sorted by voxel, to a table.
+
+    Returns:
+        The number of observations left out because they lie beyond d_min in the
+        reference cell.
+    """
+    n_beyond = 0
+    for slab in sorted_slabs(paths) if paths else ():
+        rows = within_limit(slab, grid)
+        n_beyond += len(slab) - len(rows)
+        writer.append(observation_columns(rows, grid))
+    return n_beyond

@@ -41,33 +41,50 @@ class BraggSettings:
     unit: str = "hkl"
 
     def __post_init__(self) -> None:
-        if self.exclusion != "none" and min(self.semi_axes) <= 0:
+        if self.exclusion == "none":
+            return
+        if min(self.semi_axes) <= 0:
             raise ValueError(
                 "bragg.semi_axes must be positive: use bragg.exclusion=none to keep "
                 "all pixels"
             )
 
-    def metric(self, cell: uctbx.unit_cell) -> tuple[float, ...] | None:
+    def metric(
+        self, cell: uctbx.unit_cell, rotations: np.ndarray
+    ) -> tuple[float, ...] | None:
         """Symmetric matrix g of the ellipsoid g(dh, dh) < 1 in fractional indices.
 
-        In 1/Å and with one radius r the matrix is the reciprocal metric tensor / r²,
-        a sphere for any cell; otherwise the semi-axes lie along a*, b*, c*.
+            g_ij = cos(a*_i, a*_j) / (r_i r_j)
+
+        with the semi-axes r as fractions of the reciprocal axes, averaged over the Laue
+        group, R g Rᵀ, so that equivalent pixels are treated alike. Equal lengths in 1/Å
+        make a sphere in any cell.
 
         Args:
             cell: Cell of the crystal.
+            rotations: Rotation parts of the Laue group, shape (n, 3, 3), h' = h R.
 
         Returns:
             g11, g22, g33, g12, g13, g23, or None to exclude nothing.
         """
         if self.exclusion == "none":
             return None
-        axes = np.array(self.semi_axes)
-        if self.unit == "hkl":
-            return (*(1 / axes**2), 0.0, 0.0, 0.0)
-        reciprocal = np.array(cell.reciprocal().metrical_matrix())
-        if np.all(axes == axes[0]):
-            return tuple(reciprocal / axes[0] ** 2)
-        return (*(reciprocal[:3] / axes**2), 0.0, 0.0, 0.0)
+        reciprocal = cell.reciprocal().parameters()
+        r = np.array(self.semi_axes)
+        if self.unit == "inverse_angstrom":
+            r = r / reciprocal[:3]
+        cosines = np.eye(3)
+        cos_23, cos_13, cos_12 = np.cos(np.radians(reciprocal[3:]))
+        cosines[[0, 0, 1], [1, 2, 2]] = cosines[[1, 2, 2], [0, 0, 1]] = (
+            cos_12,
+            cos_13,
+            cos_23,
+        )
+        g = np.mean(
+            rotations @ (cosines / np.outer(r, r)) @ np.swapaxes(rotations, 1, 2),
+            axis=0,
+        )
+        return g[0, 0], g[1, 1], g[2, 2], g[0, 1], g[0, 2], g[1, 2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +143,7 @@ class ExtractionSettings:
             bragg=BraggSettings(
                 # PHIL reads the word none, in any case, as no choice at all
                 exclusion=params.bragg.exclusion or "none",
-                semi_axes=three_of("bragg.semi_axes", params.bragg.semi_axes),
+                semi_axes=three_of("bragg.semi_axes", params.bragg.semi_axes or [0.25]),
                 unit=params.bragg.unit,
             ),
             corrections=CorrectionSettings(

@@ -24,7 +24,8 @@ from dials_diffuse.extraction.settings import CorrectionSettings, ExtractionSett
 from dials_diffuse.geometry import directions
 from dials_diffuse.util.compat import inclusive_trusted_range
 
-MAX_WEIGHT = 2**30  # so that 2^33 pixels can be summed
+# The sum of 2^23 pixels in one voxel and block is still exact in double precision.
+MAX_WEIGHT = 2**30
 
 
 @dataclasses.dataclass(frozen=True)

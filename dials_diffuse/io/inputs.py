@@ -115,6 +115,13 @@ def load_experiments(inputs: Sequence[FilenameDataWrapper]) -> ExperimentList:
     experiments = ExperimentList()
     for name in names:
         experiments.extend(open_images(name))
+    for imageset in experiments.imagesets():
+        lookup = imageset.external_lookup
+        if not (lookup.gain.data.empty() and lookup.pedestal.data.empty()):
+            raise ValueError(
+                f"{', '.join(names)}: the images have a gain or pedestal for each pixel "
+                "(lookup), which is not applied here: import them without"
+            )
     for experiment in experiments:
         if not experiment.identifier:
             experiment.identifier = ersatz_uuid4()

@@ -32,6 +32,9 @@ from dials_diffuse.grid import Grid
 from dials_diffuse.io.observations import (
     ROOT,
     Column,
+    check_schema,
+    damaged,
+    open_hdf5,
     read_grid,
     write_grid,
     write_provenance,
@@ -316,23 +319,20 @@ class MapFile:
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = os.fspath(path)
-        try:
-            self._file = h5py.File(path, "r")
-        except FileNotFoundError:
-            raise ValueError(f"{path} does not exist") from None
-        except OSError as e:
-            reason = os.strerror(e.errno) if e.errno else "it is not HDF5, or cut short"
-            raise ValueError(f"Cannot read {path}: {reason}") from None
+        self._file = open_hdf5(path)
         try:
             self._entry = self._checked_entry()
+            self.grid = read_grid(self._entry[ROOT])
+            self.identifiers = [
+                name.decode() for name in self._entry["experiments/identifiers"][()]
+            ]
+            self.n_voxels: int = len(self._entry["asu/index"])
+        except (KeyError, OSError) as e:
+            self._file.close()
+            raise ValueError(damaged(self.path, e)) from None
         except ValueError:
             self._file.close()
             raise
-        self.grid = read_grid(self._entry[ROOT])
-        self.identifiers = [
-            name.decode() for name in self._entry["experiments/identifiers"][()]
-        ]
-        self.n_voxels: int = len(self._entry["asu/index"])
 
     def _checked_entry(self) -> h5py.Group:
         """The entry of the file, if it is a map that this version can read."""
@@ -342,12 +342,7 @@ class MapFile:
                 f"{self.path} is not a merged map: give the output of "
                 "dials.diffuse_merge"
             )
-        schema = entry[ROOT].attrs["schema"]
-        if schema > SCHEMA:
-            raise ValueError(
-                f"{self.path} has schema {schema}, this version reads up to {SCHEMA}: "
-                "use a newer dials_diffuse"
-            )
+        check_schema(entry[ROOT], SCHEMA, self.path)
         return entry
 
     def blocks(

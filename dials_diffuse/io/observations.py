@@ -159,38 +159,30 @@ class ObservationFile:
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = os.fspath(path)
+        self._file = open_hdf5(path)
         try:
-            self._file = h5py.File(path, "r")
-        except FileNotFoundError:
-            raise ValueError(f"{path} does not exist") from None
-        except OSError:
-            raise ValueError(
-                f"{path} is not a file of dials.diffuse_extract: it is not HDF5"
-            ) from None
-        root = self._file.get(ROOT)
-        if root is None or GROUP not in self._file:
+            root = self._file.get(ROOT)
+            if root is None or GROUP not in self._file:
+                raise ValueError(
+                    f"{path} has no diffuse observations: give the output of "
+                    "dials.diffuse_extract"
+                )
+            check_schema(root, SCHEMA, self.path)
+            self._group = self._file[GROUP]
+            self._slab_start: np.ndarray = root["slab_start"][()]
+            self.grid = read_grid(root)
+            ids, names = (
+                self._group.attrs[key] for key in ("experiment_ids", "identifiers")
+            )
+            self.identifiers: dict[int, str] = dict(zip(map(int, ids), map(str, names)))
+            self.columns: tuple[str, ...] = tuple(self._group)
+            self.n_rows: int = len(self._group["id"])
+        except (KeyError, OSError) as e:
             self._file.close()
-            raise ValueError(
-                f"{path} has no diffuse observations: give the output of "
-                "dials.diffuse_extract"
-            )
-        schema = root.attrs["schema"]
-        if schema > SCHEMA:
+            raise ValueError(damaged(self.path, e)) from None
+        except ValueError:
             self._file.close()
-            raise ValueError(
-                f"{path} has schema {schema}, this version reads up to {SCHEMA}: use a "
-                "newer dials_diffuse"
-            )
-        self._group = self._file[GROUP]
-        self.grid = read_grid(root)
-        self.identifiers: dict[int, str] = dict(
-            zip(
-                map(int, self._group.attrs["experiment_ids"]),
-                map(str, self._group.attrs["identifiers"]),
-            )
-        )
-        self.columns: tuple[str, ...] = tuple(self._group)
-        self.n_rows: int = len(self._group["id"])
+            raise
 
     def slabs(self, max_rows: int = 2_000_000) -> Iterator[tuple[int, int]]:
         """Row ranges of whole voxels with about ``max_rows`` rows at the most.
@@ -198,7 +190,7 @@ class ObservationFile:
         Neighbouring slabs are joined as long as they fit; a single slab of the file is
         never cut.
         """
-        starts = self._file[ROOT]["slab_start"][()]
+        starts = self._slab_start
         begin = 0
         for stop, following in zip(starts[1:], [*starts[2:], None]):
             if following is None or following - begin > max_rows:
@@ -215,7 +207,10 @@ class ObservationFile:
         missing = [name for name in names if name not in self._group]
         if missing:
             raise ValueError(f"{self.path} has no column {', '.join(missing)}")
-        return {name: self._group[name][start:stop] for name in names}
+        try:
+            return {name: self._group[name][start:stop] for name in names}
+        except OSError as e:
+            raise ValueError(damaged(self.path, e)) from None
 
     def close(self) -> None:
         self._file.close()
@@ -225,6 +220,40 @@ class ObservationFile:
 
     def __exit__(self, *args: object) -> None:
         self.close()
+
+
+def open_hdf5(path: str | os.PathLike) -> h5py.File:
+    """An HDF5 file opened for reading.
+
+    Raises:
+        ValueError: It does not exist or cannot be read.
+    """
+    try:
+        return h5py.File(path, "r")
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except OSError as e:
+        reason = os.strerror(e.errno) if e.errno else "it is not HDF5, or cut short"
+        raise ValueError(f"Cannot read {path}: {reason}") from None
+
+
+def check_schema(root: h5py.Group, newest: int, path: str) -> None:
+    """Check that this version knows the layout of a file.
+
+    Raises:
+        ValueError: It was written by a newer version.
+    """
+    schema = root.attrs["schema"]
+    if schema > newest:
+        raise ValueError(
+            f"{path} has schema {schema}, this version reads up to {newest}: use a "
+            "newer dials_diffuse"
+        )
+
+
+def damaged(path: str, error: Exception) -> str:
+    """What to tell the user of a file that lacks a part or cannot be read to its end."""
+    return f"{path} is damaged ({' '.join(str(error).split())}): make it again"
 
 
 def write_grid(group: h5py.Group, grid: Grid) -> None:

@@ -102,7 +102,9 @@ class HDF5Output:
 
     def __init__(self, path: str | os.PathLike) -> None:
         self._guard = GuardedFile(path)
-        self.file = h5py.File(self._guard, "w")
+        # Attributes of more than 64 KiB, the identifiers of a few thousand experiments,
+        # need the object headers of HDF5 1.8.
+        self.file = h5py.File(self._guard, "w", libver=("v108", "v110"))
 
     def check(self) -> None:
         """Raise the error of a write that failed, if any; call it after each write.

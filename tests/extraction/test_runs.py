@@ -12,15 +12,18 @@ from dials_diffuse.io.observations import COLUMNS, ObservationFile, ObservationW
 
 GRID = Grid((20, 25, 30, 80, 95, 100), (2, 2, 2), "P 1", 2.0)
 
+ALL_KEYS = np.arange(np.prod(GRID.shape))
+KEYS = ALL_KEYS[GRID.s(GRID.index(ALL_KEYS)) <= 1 / GRID.d_min]
+
 
 def random_blocks(n_blocks, seed=3, rows=(0, 60), n_keys=None):
     """Observations of blocks; each sorted by panel and voxel, as the loop gives them."""
     rng = np.random.default_rng(seed)
     result = []
-    n_keys = n_keys or int(np.prod(GRID.shape))
+    keys = KEYS[:n_keys]
     for number in range(n_blocks):
         block = np.zeros(rng.integers(*rows), dtype=SUMS)
-        block["key"] = rng.integers(0, n_keys, len(block))
+        block["key"] = rng.choice(keys, len(block))
         block["panel"] = rng.integers(0, 3, len(block))
         block["id"] = number // 4
         block["n_pixels"] = rng.integers(1, 9, len(block))
@@ -123,3 +126,19 @@ def test_origin_has_no_d_spacing():
     columns = runs.observation_columns(row, GRID)
     assert columns["miller_index"].tolist() == [[0, 0, 0]]
     assert columns["d"][0] == 0
+
+
+def test_voxels_beyond_d_min_of_the_reference_cell_are_left_out(tmp_path):
+    """Crystals with a larger cell reach them; merging could not place them."""
+    s = GRID.s(GRID.index(ALL_KEYS))
+    block = np.zeros(len(ALL_KEYS), dtype=SUMS)
+    block["key"], block["n_pixels"] = ALL_KEYS, 1
+    (path,) = runs.write_runs([block], tmp_path, "run")
+    with ObservationWriter(tmp_path / "x.refl", GRID, {0: "a"}) as writer:
+        n_beyond = runs.merge_runs([path], GRID, writer)
+    with ObservationFile(tmp_path / "x.refl") as table:
+        index = table.read(0, table.n_rows, ["miller_index"])["miller_index"]
+    # half a voxel diagonal: its pixels may still be within the limit
+    limit = 1 / GRID.d_min + GRID.half_diagonal
+    np.testing.assert_array_equal(GRID.key(index), ALL_KEYS[s <= limit])
+    assert n_beyond == np.count_nonzero(s > limit) > 0

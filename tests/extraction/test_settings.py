@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 import libtbx.phil
-from cctbx import uctbx
+from cctbx import sgtbx, uctbx
 
+from dials_diffuse import symmetry
 from dials_diffuse.extraction.settings import (
     BraggSettings,
     CorrectionSettings,
@@ -102,17 +103,51 @@ def distance(metric, dh) -> float:
     return float(dh @ g @ dh)
 
 
+IDENTITY = np.eye(3, dtype=int)[None]
+
+
+@pytest.mark.parametrize("unit", ["hkl", "inverse_angstrom"])
+@pytest.mark.parametrize(
+    "symbol, cell",
+    [
+        ("P 6", (93, 93, 130, 90, 90, 120)),
+        ("R 3 :R", (60, 60, 60, 80, 80, 80)),
+        ("P 4", (48, 48, 63, 90, 90, 90)),
+        ("P 2 3", (60, 60, 60, 90, 90, 90)),
+        ("C 1 2 1", (80, 40, 50, 90, 110, 90)),
+        ("C 1 2 1 (x-y,x+y,z)", None),  # primitive setting: the operator mixes a and b
+    ],
+)
+def test_ellipsoid_treats_equivalent_pixels_alike(symbol, cell, unit):
+    crystal_symmetry = sgtbx.space_group_info(symbol)
+    uc = (
+        uctbx.unit_cell(cell)
+        if cell
+        else crystal_symmetry.any_compatible_unit_cell(9e4)
+    )
+    rotations = symmetry.rotation_matrices(
+        symmetry.laue_group(crystal_symmetry.group())
+    )
+    axes = (0.2, 0.2, 0.2) if unit == "hkl" else (0.002, 0.002, 0.003)
+    metric = BraggSettings("ellipsoid", axes, unit).metric(uc, rotations)
+    for dh in np.random.default_rng(7).uniform(-0.4, 0.4, (20, 3)):
+        values = [distance(metric, dh @ r) for r in rotations]
+        assert values == pytest.approx([values[0]] * len(values))
+
+
 def test_ellipsoid_in_fractional_indices():
-    metric = BraggSettings("ellipsoid", (0.1, 0.2, 0.3), "hkl").metric(CELL)
+    metric = BraggSettings("ellipsoid", (0.1, 0.2, 0.3), "hkl").metric(CELL, IDENTITY)
     for axis, length in enumerate((0.1, 0.2, 0.3)):
         assert distance(metric, np.eye(3)[axis] * length) == pytest.approx(1)
-    assert BraggSettings("none").metric(CELL) is None
+    assert BraggSettings("none").metric(CELL, IDENTITY) is None
 
 
 def test_sphere_in_a_triclinic_cell():
     """Every point at the radius from the lattice point is on the ellipsoid."""
     radius = 0.01
-    metric = BraggSettings("ellipsoid", (radius,) * 3, "inverse_angstrom").metric(CELL)
+    metric = BraggSettings("ellipsoid", (radius,) * 3, "inverse_angstrom").metric(
+        CELL, IDENTITY
+    )
     b = np.array(CELL.fractionalization_matrix()).reshape(3, 3).T
     rlp = np.random.default_rng(3).normal(size=(50, 3))
     rlp *= radius / np.linalg.norm(rlp, axis=1)[:, None]
@@ -122,7 +157,7 @@ def test_sphere_in_a_triclinic_cell():
 
 def test_semi_axes_in_inverse_angstrom_lie_along_the_reciprocal_axes():
     axes = (0.01, 0.02, 0.03)
-    metric = BraggSettings("ellipsoid", axes, "inverse_angstrom").metric(CELL)
+    metric = BraggSettings("ellipsoid", axes, "inverse_angstrom").metric(CELL, IDENTITY)
     lengths = CELL.reciprocal().parameters()[:3]
     for i in range(3):
         assert distance(metric, np.eye(3)[i] * axes[i] / lengths[i]) == pytest.approx(1)

@@ -104,9 +104,7 @@ def test_files_of_another_kind(tmp_path):
     with pytest.raises(ValueError, match="nowhere.refl does not exist"):
         ObservationFile(tmp_path / "nowhere.refl")
     (tmp_path / "text.refl").write_text("text")
-    with pytest.raises(
-        ValueError, match="text.refl is not a file of .*: it is not HDF5"
-    ):
+    with pytest.raises(ValueError, match="Cannot read .*text.refl: it is not HDF5"):
         ObservationFile(tmp_path / "text.refl")
     with h5py.File(tmp_path / "other.refl", "w"):
         pass
@@ -134,3 +132,23 @@ def test_dials_reads_the_table(tmp_path):
     np.testing.assert_array_equal(
         np.array(list(table["miller_index"])), columns["miller_index"]
     )
+
+
+def test_many_experiments(tmp_path):
+    """Identifiers of 10^4 stills do not fit into an attribute of the old HDF5 format."""
+    identifiers = {i: f"{i:032x}-uuid" for i in range(10_000)}
+    with ObservationWriter(tmp_path / "x.refl", GRID, identifiers) as writer:
+        writer.append(rows(5))
+    with ObservationFile(tmp_path / "x.refl") as table:
+        assert table.identifiers == identifiers
+
+
+@pytest.mark.parametrize("part", ["dials_diffuse/grid", "dials_diffuse/slab_start"])
+def test_damaged_file_is_named(tmp_path, part):
+    path = tmp_path / "x.refl"
+    with ObservationWriter(path, GRID, {0: "a"}) as writer:
+        writer.append(rows(5))
+    with h5py.File(path, "r+") as handle:
+        del handle[part]
+    with pytest.raises(ValueError, match="x.refl is damaged .*: make it again"):
+        ObservationFile(path)

@@ -75,8 +75,8 @@ def test_snase_stills_are_complete(snase_map):
     grid = merged.grid
     possible = grid.asu_indices()
     possible = possible[grid.s(possible) <= 0.6]
-    s = grid.s(merged.asu["index"])
-    n_seen = np.count_nonzero((s <= 0.6) & (s >= 1 / grid.cell.volume()))
+    s = grid.s(merged["index"])
+    n_seen = np.count_nonzero((s <= 0.6) & (s > 0))
     assert n_seen / len(possible) >= 0.99
 
 
@@ -142,7 +142,10 @@ def test_l_cysteine(in_tmp, diffuse_data):
 def test_thermolysin(in_tmp, diffuse_data):
     """XFEL stills of four crystals, 64 panels, a wavelength for each image."""
     folder = diffuse_data("thermolysin_cspad") / "processed"
-    extract_and_merge(folder / "refined.expt", folder / "refined.refl")
+    # four panels lie beyond the circle that the detector holds whole, at 2.08 A
+    extract_and_merge(
+        folder / "refined.expt", folder / "refined.refl", "grid.d_min=1.7"
+    )
     rows = all_rows(["id", "panel", "num_pixels.valid"])
     assert set(rows["id"]) == {0, 1, 2, 3}
     assert len(set(rows["panel"])) == 64
