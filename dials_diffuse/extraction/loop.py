@@ -97,7 +97,7 @@ def without_shadow(data: tuple, masks: tuple) -> tuple:
     for panel, mask in zip(data, masks):
         panel = panel.deep_copy()
         never = -(2**31) if isinstance(panel, flex.int) else float("nan")
-        panel.set_selected(~mask.as_1d(), never)
+        panel.as_1d().set_selected(~mask.as_1d(), never)
         result.append(panel)
     return tuple(result)
 
