@@ -33,13 +33,11 @@ from dials_diffuse.io.observations import (
     ROOT,
     Column,
     check_schema,
-    damaged,
-    open_hdf5,
     read_grid,
     write_grid,
     write_provenance,
 )
-from dials_diffuse.util.hdf5 import HDF5Output
+from dials_diffuse.util.hdf5 import HDF5Input, HDF5Output
 
 SCHEMA = 1
 ENTRY = "entry"
@@ -310,29 +308,20 @@ class VoxelList:
         return len(next(iter(self.columns.values())))
 
 
-class MapFile:
+class MapFile(HDF5Input):
     """Reads a merged map.
 
     Raises:
         ValueError: The file is not a merged map of a known schema.
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
-        self.path = os.fspath(path)
-        self._file = open_hdf5(path)
-        try:
-            self._entry = self._checked_entry()
-            self.grid = read_grid(self._entry[ROOT])
-            self.identifiers = [
-                name.decode() for name in self._entry["experiments/identifiers"][()]
-            ]
-            self.n_voxels: int = len(self._entry["asu/index"])
-        except (KeyError, OSError) as e:
-            self._file.close()
-            raise ValueError(damaged(self.path, e)) from None
-        except ValueError:
-            self._file.close()
-            raise
+    def _load(self) -> None:
+        self._entry = self._checked_entry()
+        self.grid = read_grid(self._entry[ROOT])
+        self.identifiers = [
+            name.decode() for name in self._entry["experiments/identifiers"][()]
+        ]
+        self.n_voxels: int = len(self._entry["asu/index"])
 
     def _checked_entry(self) -> h5py.Group:
         """The entry of the file, if it is a map that this version can read."""
@@ -385,15 +374,6 @@ class MapFile:
     def table(self, name: str) -> dict[str, np.ndarray]:
         """The columns of ``shells`` or ``isotropic``."""
         return {key: values[()] for key, values in self._entry[name].items()}
-
-    def close(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> MapFile:
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        self.close()
 
 
 def read_map(

@@ -23,7 +23,7 @@ import numpy as np
 
 import dials_diffuse
 from dials_diffuse.grid import Grid
-from dials_diffuse.util.hdf5 import HDF5Output
+from dials_diffuse.util.hdf5 import HDF5Input, HDF5Output, damaged
 
 SCHEMA = 1
 GROUP = "dials/processing/group_0"
@@ -150,39 +150,30 @@ class ObservationWriter:
             self._output.close()
 
 
-class ObservationFile:
+class ObservationFile(HDF5Input):
     """Reads observations in slabs of whole voxels.
 
     Raises:
         ValueError: The file is not an observation file of a known schema.
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
-        self.path = os.fspath(path)
-        self._file = open_hdf5(path)
-        try:
-            root = self._file.get(ROOT)
-            if root is None or GROUP not in self._file:
-                raise ValueError(
-                    f"{path} has no diffuse observations: give the output of "
-                    "dials.diffuse_extract"
-                )
-            check_schema(root, SCHEMA, self.path)
-            self._group = self._file[GROUP]
-            self._slab_start: np.ndarray = root["slab_start"][()]
-            self.grid = read_grid(root)
-            ids, names = (
-                self._group.attrs[key] for key in ("experiment_ids", "identifiers")
+    def _load(self) -> None:
+        root = self._file.get(ROOT)
+        if root is None or GROUP not in self._file:
+            raise ValueError(
+                f"{self.path} has no diffuse observations: give the output of "
+                "dials.diffuse_extract"
             )
-            self.identifiers: dict[int, str] = dict(zip(map(int, ids), map(str, names)))
-            self.columns: tuple[str, ...] = tuple(self._group)
-            self.n_rows: int = len(self._group["id"])
-        except (KeyError, OSError) as e:
-            self._file.close()
-            raise ValueError(damaged(self.path, e)) from None
-        except ValueError:
-            self._file.close()
-            raise
+        check_schema(root, SCHEMA, self.path)
+        self._group = self._file[GROUP]
+        self._slab_start: np.ndarray = root["slab_start"][()]
+        self.grid = read_grid(root)
+        ids, names = (
+            self._group.attrs[key] for key in ("experiment_ids", "identifiers")
+        )
+        self.identifiers: dict[int, str] = dict(zip(map(int, ids), map(str, names)))
+        self.columns: tuple[str, ...] = tuple(self._group)
+        self.n_rows: int = len(self._group["id"])
 
     def slabs(self, max_rows: int = 2_000_000) -> Iterator[tuple[int, int]]:
         """Row ranges of whole voxels with about ``max_rows`` rows at the most.
@@ -212,30 +203,6 @@ class ObservationFile:
         except OSError as e:
             raise ValueError(damaged(self.path, e)) from None
 
-    def close(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> ObservationFile:
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        self.close()
-
-
-def open_hdf5(path: str | os.PathLike) -> h5py.File:
-    """An HDF5 file opened for reading.
-
-    Raises:
-        ValueError: It does not exist or cannot be read.
-    """
-    try:
-        return h5py.File(path, "r")
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except OSError as e:
-        reason = os.strerror(e.errno) if e.errno else "it is not HDF5, or cut short"
-        raise ValueError(f"Cannot read {path}: {reason}") from None
-
 
 def check_schema(root: h5py.Group, newest: int, path: str) -> None:
     """Check that this version knows the layout of a file.
@@ -249,11 +216,6 @@ def check_schema(root: h5py.Group, newest: int, path: str) -> None:
             f"{path} has schema {schema}, this version reads up to {newest}: use a "
             "newer dials_diffuse"
         )
-
-
-def damaged(path: str, error: Exception) -> str:
-    """What to tell the user of a file that lacks a part or cannot be read to its end."""
-    return f"{path} is damaged ({' '.join(str(error).split())}): make it again"
 
 
 def write_grid(group: h5py.Group, grid: Grid) -> None:

@@ -1,4 +1,4 @@
-"""HDF5 files that survive a full disk.
+"""HDF5 files: writing that survives a full disk, reading with clear errors.
 
 When a write fails, the HDF5 library (1.10 to 1.14) cannot close the file any more: it
 raises again at every attempt, and crashes when the process ends. So the library is given
@@ -9,8 +9,11 @@ is well; the error is raised from here, and the file is closed and thrown away i
 from __future__ import annotations
 
 import os
+from typing import TypeVar
 
 import h5py
+
+Reader = TypeVar("Reader", bound="HDF5Input")
 
 
 class GuardedFile:
@@ -124,3 +127,58 @@ class HDF5Output:
         self.file.close()
         self._guard.close()
         self.check()
+
+
+class HDF5Input:
+    """An HDF5 file being read; the base of our readers.
+
+    Args:
+        path: File to read.
+
+    Raises:
+        ValueError: It does not exist, cannot be read, or lacks a part.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = os.fspath(path)
+        self._file = open_hdf5(path)
+        try:
+            self._load()
+        except (KeyError, OSError) as e:
+            self._file.close()
+            raise ValueError(damaged(self.path, e)) from None
+        except ValueError:
+            self._file.close()
+            raise
+
+    def _load(self) -> None:
+        """Check the file and read what every use needs; for derived classes."""
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self: Reader) -> Reader:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.close()
+
+
+def open_hdf5(path: str | os.PathLike) -> h5py.File:
+    """An HDF5 file opened for reading.
+
+    Raises:
+        ValueError: It does not exist or cannot be read.
+    """
+    try:
+        return h5py.File(path, "r")
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except OSError as e:
+        reason = os.strerror(e.errno) if e.errno else "it is not HDF5, or cut short"
+        raise ValueError(f"Cannot read {path}: {reason}") from None
+
+
+def damaged(path: str, error: Exception) -> str:
+    """What to tell the user of a file that lacks a part or cannot be read to its end."""
+    return f"{path} is damaged ({' '.join(str(error).split())}): make it again"
