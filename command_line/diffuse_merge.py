@@ -5,8 +5,9 @@ Merge voxel observations of diffuse scattering by Laue symmetry into one map.
 The observations of symmetry-equivalent voxels are added up as sums: the intensity of a
 voxel is the sum of its counts less that of its background, divided by the sum of its
 normalisation. So it is unbiased however few the counts are. A seeded random half of the
-observations makes one half-map and the rest the other; their correlation CC1/2 without
-the isotropic part, the completeness and the multiplicity are given in resolution shells.
+observations, or of whole stills and sweeps (half_split), makes one half-map and the rest
+the other; their correlation CC1/2 without the isotropic part, the completeness and the
+multiplicity are given in resolution shells.
 
 Observations of several runs of dials.diffuse_extract can be merged if their grids are
 the same. The map is a NeXus file, which NeXpy, silx and h5web open; its layers hk0, h0l
@@ -29,8 +30,6 @@ import logging
 import os
 from typing import Any, Sequence
 
-import numpy as np
-
 import libtbx.phil
 from dxtbx.model.experiment_list import ExperimentList
 from libtbx.utils import Sorry
@@ -43,7 +42,7 @@ from dials_diffuse.merging.merge import MergingSettings, merge
 from dials_diffuse.merging.observations import ObservationTable, check_tables
 from dials_diffuse.merging.statistics import MergingStatistics
 from dials_diffuse.report.slices import central_layers, plot_layers
-from dials_diffuse.scaling.initial import ScaledTable, scale_experiments
+from dials_diffuse.scaling.initial import put_on_one_scale
 from dials_diffuse.util.command import (
     ends_by_signal,
     load_phil,
@@ -105,11 +104,29 @@ def log_input(tables: Sequence[ObservationFile]) -> None:
     )
 
 
-def log_statistics(statistics: MergingStatistics) -> None:
-    """The table of statistics, and the completeness in words."""
+def log_statistics(statistics: MergingStatistics, half_split: str) -> None:
+    """The table of statistics, what is wrong with CC1/2, and the completeness."""
     logger.info("\nMerging statistics in resolution shells:")
     logger.info(statistics.as_table())
     overall = statistics.overall
+    n_negative = sum(shell.is_anticorrelated for shell in statistics.shells)
+    if n_negative:
+        logger.warning(
+            "Warning: CC1/2 of %d of %d shells is significantly negative: observations "
+            "of one voxel disagree systematically, so scaling or a better background "
+            "is needed%s",
+            n_negative,
+            len(statistics.shells),
+            ""
+            if half_split == "experiments"
+            else ". half_split=experiments measures CC1/2 without what an experiment "
+            "has too much in all voxels of a shell",
+        )
+    if half_split == "experiments" and overall.n_pairs == 0:
+        logger.warning(
+            "Warning: CC1/2 is not defined, as no voxel was seen by experiments of both "
+            "halves: try another seed or half_split=observations"
+        )
     logger.info(
         "Completeness to %.2f Å: %.2f%% (%d of %d unique voxels)\n",
         overall.d_min,
@@ -133,35 +150,6 @@ def write_map(
     with atomic_path(params.output.map) as path:
         with MapWriter(path, tables[0].grid, identifiers, phil, inputs) as writer:
             return merge(tables, MergingSettings.from_phil(params), writer)
-
-
-def scale(
-    tables: Sequence[ObservationFile],
-) -> tuple[Sequence[ObservationTable], dict[str, float]]:
-    """Put experiments that have no scale yet on one scale.
-
-    Returns:
-        The tables with scales, and the scale of each experiment by its identifier; empty
-        where the tables had scales.
-    """
-    if any("inverse_scale_factor" in table.columns for table in tables):
-        return tables, {}
-    scales = scale_experiments(tables)
-    by_identifier = {
-        table.identifiers[i]: k
-        for table, of_table in zip(tables, scales)
-        for i, k in of_table.items()
-    }
-    values = np.array(list(by_identifier.values()))
-    logger.info(
-        "Scales of %d experiments, from their counts in common voxels: %.3f to %.3f, "
-        "rms deviation from 1 %.3f",
-        len(values),
-        values.min(),
-        values.max(),
-        np.sqrt(np.mean((values - 1) ** 2)),
-    )
-    return [ScaledTable(t, k) for t, k in zip(tables, scales)], by_identifier
 
 
 def write_json(
@@ -240,9 +228,9 @@ def run(
             check_tables(tables)
             scales: dict[str, float] = {}
             if params.scale_experiments:
-                tables, scales = scale(tables)
+                tables, scales = put_on_one_scale(tables)
             statistics = write_map(tables, params, parser.phil.as_str(), files)
-        log_statistics(statistics)
+        log_statistics(statistics, params.half_split)
         logger.info("Map written to %s", params.output.map)
         if params.output.json:
             write_json(params.output.json, statistics, scales)

@@ -1,1 +1,1 @@
-``dials.diffuse_merge``: Puts stills and sweeps on one scale by the ratio of their counts in common voxels (``scale_experiments``).
+``dials.diffuse_merge``: Puts stills and sweeps on one scale by the likelihood of their counts in common voxels (``scale_experiments``), leaves out blank ones and warns of those that no voxel links; ``half_split=experiments`` compares halves of whole stills or sweeps.

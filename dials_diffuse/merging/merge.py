@@ -42,11 +42,14 @@ class MergingSettings:
     Args:
         n_shells: Resolution shells of the statistics.
         seed: Seed of the split in halves.
+        half_split: What goes to one half as a whole: observations (voxels seen by one
+            experiment) or experiments.
         voxels_per_pass: Unique voxels to hold in memory (about 100 bytes each).
     """
 
     n_shells: int = 20
     seed: int = 42
+    half_split: str = "observations"
     voxels_per_pass: int = 5_000_000
 
     @classmethod
@@ -54,6 +57,7 @@ class MergingSettings:
         return cls(
             n_shells=params.n_shells,
             seed=params.seed,
+            half_split=params.half_split,
             voxels_per_pass=params.voxels_per_pass,
         )
 
@@ -154,7 +158,9 @@ def sum_observations(
         stop = min(start + settings.voxels_per_pass, len(voxels))
         accumulator = sums.Accumulator(start, stop)
         n_obs = 0
-        for observations, half in read_observations(tables, settings.seed, start == 0):
+        for observations, half in read_observations(
+            tables, settings.seed, settings.half_split, report=start == 0
+        ):
             number = numbers.reshape(-1)[grid.key(observations.index)]
             n_obs += len(number)
             n_added += accumulator.add(observations, number, half)

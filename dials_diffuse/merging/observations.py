@@ -81,43 +81,55 @@ def check_tables(tables: Sequence[ObservationTable]) -> None:
 
 
 def read_observations(
-    tables: Sequence[ObservationTable], seed: int, report: bool = True
+    tables: Sequence[ObservationTable],
+    seed: int,
+    half_split: str = "observations",
+    report: bool = True,
 ) -> Iterator[tuple[sums.Observations, np.ndarray]]:
     """The independent observations of tables and their halves, slab by slab.
 
     Args:
         tables: The tables.
         seed: Seed of the split in halves.
+        half_split: What goes to one half as a whole: observations or experiments.
         report: Whether to log the number of rows that are left out.
     """
+    n_all = 0
     for table in tables:
         names = [*REQUIRED_COLUMNS, *set(OPTIONAL_COLUMNS).intersection(table.columns)]
         hashes = _hashes_by_id(table.identifiers)
         n_used = 0
         slabs = list(table.slabs(ROWS_PER_SLAB))
         for start, stop in progress(slabs, desc="Merging", unit="slab"):
-            rows = _usable_rows(table.read(start, stop, names))
+            rows = usable_rows(table.read(start, stop, names))
             n_used += len(rows["id"])
             if len(rows["id"]) == 0:
                 continue
             observations = sums.group_observations(
                 rows["miller_index"], rows["id"], _sums_of_rows(rows)
             )
-            experiment = _lookup(hashes, observations.experiment, table.path)
-            yield observations, sums.split_halves(observations.index, experiment, seed)
-        if n_used == 0:
-            raise ValueError(
-                f"{table.path} has no usable observations: all {table.n_rows} are "
-                "flagged as outliers or have no pixels"
-            )
+            experiment = lookup(hashes, observations.experiment, table.path)
+            if half_split == "experiments":
+                yield observations, sums.split_experiments(experiment, seed)
+            else:
+                half = sums.split_halves(observations.index, experiment, seed)
+                yield observations, half
         if report:
             logger.info(
-                "%s: %d of %d rows used, %d left out as outliers or without pixels",
+                "%s: %d of %d rows used, %d left out: outliers, without pixels or of "
+                "blank experiments",
                 table.path,
                 n_used,
                 table.n_rows,
                 table.n_rows - n_used,
             )
+        n_all += n_used
+    if n_all == 0:
+        raise ValueError(
+            f"{tables[0].path} has no usable observations: all "
+            f"{sum(table.n_rows for table in tables)} are flagged as outliers or have "
+            "no pixels"
+        )
 
 
 def _hashes_by_id(identifiers: Mapping[int, str]) -> dict[int, np.uint64]:
@@ -125,20 +137,29 @@ def _hashes_by_id(identifiers: Mapping[int, str]) -> dict[int, np.uint64]:
     return dict(zip(identifiers, hashes))
 
 
-def _lookup(hashes: dict[int, np.uint64], ids: np.ndarray, path: str) -> np.ndarray:
-    """The hash of the experiment of each observation."""
-    numbers, inverse = np.unique(ids, return_inverse=True)
-    unknown = [int(i) for i in numbers if int(i) not in hashes]
+def lookup(values: Mapping[int, int], ids: np.ndarray, path: str) -> np.ndarray:
+    """A value of its experiment, such as the hash, for each observation.
+
+    Args:
+        values: The values by the ``id`` of the experiment.
+        ids: ``id`` of each observation, shape (n,).
+        path: Of the table, for the message.
+
+    Raises:
+        ValueError: An experiment has no value.
+    """
+    numbers = np.flatnonzero(np.bincount(ids))
+    unknown = [int(i) for i in numbers if int(i) not in values]
     if unknown:
         raise ValueError(
             f"{path} has observations of experiment number {unknown[0]}, which it has "
             "no identifier for: extract it again"
         )
-    table = np.array([hashes[int(i)] for i in numbers], dtype=np.uint64)
-    return table[inverse]
+    found = np.array([values[int(i)] for i in numbers])
+    return found[np.searchsorted(numbers, ids)]
 
 
-def _usable_rows(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def usable_rows(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The rows that are not flagged by scaling and that have pixels."""
     usable = (rows["num_pixels.valid"] > 0) & (rows["normalisation"] > 0)
     if "flags" in rows:

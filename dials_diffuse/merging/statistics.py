@@ -57,6 +57,14 @@ class ShellStatistics:
         """Observations per observed voxel."""
         return self.n_obs / self.n_voxels if self.n_voxels else None
 
+    @property
+    def is_anticorrelated(self) -> bool:
+        """Whether CC1/2 lies below zero by more than three standard errors.
+
+        The standard error of the correlation of two halves of noise is 1/sqrt(n_pairs).
+        """
+        return self.cc_half is not None and self.cc_half < -3 / np.sqrt(self.n_pairs)
+
     def as_dict(self) -> dict[str, Any]:
         """All figures by name."""
         return {

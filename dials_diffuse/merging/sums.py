@@ -3,10 +3,10 @@
 A table of rows (one per voxel, block of images and panel) becomes independent
 observations: a voxel seen by one experiment, which is a sweep or a still. Each
 observation falls into one of two halves by a hash of its voxel, its experiment and a
-seed, so that the choice depends neither on the order of the rows nor on how they are
-read. The sums of the observations of all symmetry-equivalent voxels are then added up
-under one unique voxel, in the order of the rows: the result does not depend, to the last
-bit, on the size of the slabs.
+seed (or of the last two), so that the choice depends neither on the order of the rows nor
+on how they are read. The sums of the observations of all symmetry-equivalent voxels are
+then added up under one unique voxel, in the order of the rows: the result does not
+depend, to the last bit, on the size of the slabs.
 """
 
 from __future__ import annotations
@@ -117,11 +117,25 @@ def split_halves(
         int64 array of shape (n,).
     """
     state = pack(index).view(np.uint64)
-    state = _splitmix64(state ^ _splitmix64(np.array([seed], dtype=np.uint64)))
-    return (_splitmix64(state ^ experiment_hash) >> np.uint64(63)).astype(np.int64)
+    state = mix_bits(state ^ mix_bits(np.array([seed], dtype=np.uint64)))
+    return (mix_bits(state ^ experiment_hash) >> np.uint64(63)).astype(np.int64)
 
 
-def _splitmix64(x: np.ndarray) -> np.ndarray:
+def split_experiments(experiment_hash: np.ndarray, seed: int) -> np.ndarray:
+    """The half, 0 or 1, of each observation: one for all those of an experiment.
+
+    Args:
+        experiment_hash: From ``hash_identifiers``, shape (n,).
+        seed: Another seed gives another split.
+
+    Returns:
+        int64 array of shape (n,).
+    """
+    state = mix_bits(np.array([seed], dtype=np.uint64))
+    return (mix_bits(state ^ experiment_hash) >> np.uint64(63)).astype(np.int64)
+
+
+def mix_bits(x: np.ndarray) -> np.ndarray:
     """Mix the bits of 64-bit integers (modulo 2^64).
 
     Steele, Lea & Flood (2014), https://doi.org/10.1145/2660193.2660195.

@@ -1,107 +1,383 @@
 """One scale factor per experiment, from the ratio of counts that it should have seen.
 
-With photons n_i = N_i - B_i of observation i of experiment e and normalisation M_i, the
-scales k_e and the merged intensities I_v of the voxels are found in turn,
+The photons n = N - B of experiment e in the symmetry-unique voxel v, with normalisation
+M, are Poisson counts of mean k_e M I_v. With the best intensities of the voxels,
+I_v = N_v / Σ k_e M with N_v = Σ n, the logarithm of the likelihood in θ = log k is
 
-    I_v = Σ n_i / Σ k_e M_i      over the observations of voxel v
-    k_e = Σ n_i / Σ M_i I_v      over the observations of experiment e
+    L = Σ_e θ_e Σ_v n_ev - Σ_v N_v log Σ_e M_ev exp(θ_e)
 
-which climbs the likelihood of Poisson counts. Only voxels (of the asymmetric unit) that
-several experiments saw say anything. The scales' mean is 1. They stand for flux and
-illuminated volume; everything smooth within an experiment is left to scaling proper.
+It is concave. Only voxels that several experiments saw say anything, and it has a finite
+maximum within those groups of experiments that voxels link to and fro: from each
+experiment a way leads to every other, each step of it from one with photons in a voxel to
+another that saw the voxel (Ford 1957, https://doi.org/10.1080/00029890.1957.11989117).
+The mean scale of each group is 1. Scales stand for flux and illuminated volume;
+everything smooth within an experiment is left to scaling proper.
 """
 
 from __future__ import annotations
 
 import logging
+from typing import NamedTuple, Sequence
 
 import numpy as np
+from scipy import optimize, sparse
+from scipy.sparse.csgraph import connected_components
+from scipy.sparse.linalg import LinearOperator
 
 from dials_diffuse import symmetry
 from dials_diffuse.io.observations import ObservationFile
+from dials_diffuse.merging import sums
+from dials_diffuse.merging.observations import (
+    ROWS_PER_SLAB,
+    ObservationTable,
+    lookup,
+    usable_rows,
+)
 
 logger = logging.getLogger("dials.diffuse.scale")
 
-MAX_ROWS = 5_000_000  # of the table, spread over the voxels, are enough
-MAX_CYCLES = 100
-CONVERGED = 1e-4  # largest relative change of a scale
+COLUMNS = (
+    "miller_index",
+    "id",
+    "counts",
+    "background.sum.value",
+    "normalisation",
+    "num_pixels.valid",
+)
+MAX_ROWS = 5_000_000  # of the tables, all those of a choice of voxels, are enough
+MIN_ROWS = 100  # of each experiment, if it has so many
+MAX_CYCLES = 200
+CONVERGED = 1e-6  # relative difference of observed and expected photons
+MAX_FILL = 8  # elements of the matrix of second derivatives for each pair
+MAX_NAMES = 3  # of experiments in a warning
 
 
-def relative_scales(
-    voxel: np.ndarray, experiment: np.ndarray, photons: np.ndarray, weight: np.ndarray
-) -> np.ndarray:
-    """Scale factors of experiments by the fixed point of the equations above.
+class Pairs(NamedTuple):
+    """The sums of each pair of a voxel and an experiment that saw it.
 
     Args:
-        voxel: Number of the symmetry-unique voxel of each observation, from 0.
-        experiment: Number of its experiment, from 0.
+        voxel: Number of the symmetry-unique voxel, from 0, shape (n,).
+        experiment: Number of the experiment, from 0.
         photons: N - B.
-        weight: Normalisation M.
+        weight: Normalisation M, s.sr.
+    """
+
+    voxel: np.ndarray
+    experiment: np.ndarray
+    photons: np.ndarray
+    weight: np.ndarray
+
+    def select(self, use: np.ndarray) -> Pairs:
+        """Some of the pairs."""
+        return self if use.all() else Pairs(*(column[use] for column in self))
+
+
+class RelativeScales(NamedTuple):
+    """Scale factors of experiments.
+
+    Args:
+        scale: k, of mean 1 in each group, 0 for blank experiments, shape (n,).
+        group: Number of the group of linked experiments, -1 for blank ones.
+    """
+
+    scale: np.ndarray
+    group: np.ndarray
+
+
+def add_up_pairs(
+    voxel: np.ndarray, experiment: np.ndarray, photons: np.ndarray, weight: np.ndarray
+) -> Pairs:
+    """The pairs of voxel and experiment, with the sums of their observations.
+
+    Nothing is lost by it: the likelihood depends on these sums only.
+    """
+    shape = (int(voxel.max()) + 1, int(experiment.max()) + 1)
+    # Sparse matrices add up what falls in one place; they keep sums that are zero.
+    total, norm = (
+        sparse.csr_matrix((column, (voxel, experiment)), shape)
+        for column in (photons, weight)
+    )
+    rows = np.repeat(np.arange(shape[0]), np.diff(total.indptr))
+    return Pairs(rows, total.indices, total.data, norm.data)
+
+
+def relative_scales(pairs: Pairs, n_experiments: int) -> RelativeScales:
+    """The scale factors of the greatest likelihood.
+
+    An experiment that shares no voxel with others is a group of its own. Blank is one
+    that has no photons in all the voxels where others have some.
+
+    Args:
+        pairs: The sums of each voxel and experiment.
+        n_experiments: Number of experiments, those without pairs included.
+    """
+    n = n_experiments
+    common = pairs.select(_is_common(pairs)[pairs.voxel])
+    blank = np.bincount(common.experiment, common.photons, n) <= 0
+    # Of those that have no common voxels nothing is known, unless they have no rows.
+    blank &= np.bincount(common.experiment, minlength=n) > 0
+    blank |= np.bincount(pairs.experiment, minlength=n) == 0
+    linked, group = link(common, n)
+    group[blank] = -1
+    scale = np.where(blank, 0.0, 1.0)
+    present, place = np.unique(linked.experiment, return_inverse=True)
+    if len(present):
+        _, voxel = np.unique(linked.voxel, return_inverse=True)
+        theta = maximise_likelihood(linked._replace(voxel=voxel, experiment=place))
+        _, member = np.unique(group[present], return_inverse=True)
+        # The gauge: exp() of differences within a group is safe.
+        k = np.exp(theta - (np.bincount(member, theta) / np.bincount(member))[member])
+        scale[present] = k / (np.bincount(member, k) / np.bincount(member))[member]
+    return RelativeScales(scale, group)
+
+
+def _is_common(pairs: Pairs) -> np.ndarray:
+    """Whether several experiments saw each voxel and it has photons, by its number."""
+    several = np.bincount(pairs.voxel) > 1
+    return several & (np.bincount(pairs.voxel, pairs.photons) > 0)
+
+
+def link(pairs: Pairs, n_experiments: int) -> tuple[Pairs, np.ndarray]:
+    """Groups of experiments whose relative scales are determined.
+
+    They are the strongly connected components of the graph that leads from an experiment
+    to the voxels where it has photons, and from a voxel to the experiments that saw it.
 
     Returns:
-        k of each experiment, of mean 1; 1 for one that shares no voxel with others.
+        The pairs within the groups, and the number of the group of each experiment.
     """
-    n_experiments, n_voxels = int(experiment.max()) + 1, int(voxel.max()) + 1
-    pairs = np.unique(voxel.astype(np.int64) * n_experiments + experiment)
-    shared = np.bincount(pairs // n_experiments, minlength=n_voxels) > 1
-    use = shared[voxel]
-    voxel, experiment = voxel[use], experiment[use]
-    photons, weight = photons[use], weight[use]
-    seen = np.bincount(experiment, photons, n_experiments)
-    total = np.bincount(voxel, photons, n_voxels)
-    scale = np.ones(n_experiments)
-    for _ in range(MAX_CYCLES):
-        expected = np.bincount(voxel, scale[experiment] * weight, n_voxels)
-        intensity = np.divide(
-            total, expected, out=np.zeros(n_voxels), where=expected > 0
-        )
-        due = np.bincount(experiment, weight * intensity[voxel], n_experiments)
-        new = np.divide(
-            seen, due, out=np.ones(n_experiments), where=(due > 0) & (seen > 0)
-        )
-        new /= new.mean()
-        change = np.max(np.abs(new / scale - 1))
-        scale = new
-        if change < CONVERGED:
+    group = np.arange(n_experiments)
+    while len(pairs.voxel):
+        n_nodes = n_experiments + int(pairs.voxel.max()) + 1
+        node, bright = n_experiments + pairs.voxel, pairs.photons > 0
+        begin = np.concatenate([pairs.experiment[bright], node])
+        end = np.concatenate([node[bright], pairs.experiment])
+        edges = (np.ones(len(begin), dtype=np.int8), (begin, end))
+        graph = sparse.csr_matrix(edges, shape=(n_nodes, n_nodes))
+        _, label = connected_components(graph, directed=True, connection="strong")
+        group = label[:n_experiments]
+        kept = pairs.select(group[pairs.experiment] == label[node])
+        kept = kept.select(_is_common(kept)[kept.voxel])
+        photons = np.bincount(kept.experiment, kept.photons, n_experiments)
+        kept = kept.select(photons[kept.experiment] > 0)
+        if len(kept.voxel) == len(pairs.voxel):
             break
-    return scale
+        pairs = kept  # what went may have been a link
+        group = np.arange(n_experiments)
+    return pairs, group
 
 
-def scale_experiments(tables: list[ObservationFile]) -> list[dict[int, float]]:
+def maximise_likelihood(pairs: Pairs) -> np.ndarray:
+    """θ = log k of each experiment, up to one constant for each group.
+
+    Newton's method; its equations are solved by conjugate gradients, so that no full
+    matrix of experiments by experiments is needed.
+
+    Args:
+        pairs: Of linked experiments; all numbers of voxels and experiments occur.
+    """
+    shape = (int(pairs.voxel.max()) + 1, int(pairs.experiment.max()) + 1)
+    weight = sparse.csr_matrix((pairs.weight, (pairs.voxel, pairs.experiment)), shape)
+    transposed = weight.T.tocsr()
+    photons = np.bincount(pairs.experiment, pairs.photons)
+    total = np.bincount(pairs.voxel, pairs.photons)
+    # The error of θ is about 1/sqrt(photons): in units of it the curvature is about 1.
+    error = 1 / np.sqrt(photons)
+
+    def minus_log_likelihood(x: np.ndarray) -> tuple[float, np.ndarray]:
+        k = np.exp(x * error)
+        expected = weight @ k
+        gradient = k * (transposed @ (total / expected)) - photons
+        return total @ np.log(expected) - photons @ (x * error), gradient * error
+
+    # Chains of experiments need many steps: a sparse matrix for them is small.
+    explicit = np.sum(np.diff(weight.indptr) ** 2.0) < MAX_FILL * weight.nnz
+    known: dict[bytes, sparse.spmatrix | LinearOperator] = {}
+
+    def curvature(x: np.ndarray, p: np.ndarray) -> np.ndarray:
+        if x.tobytes() not in known:
+            known.clear()
+            known[x.tobytes()] = curvature_matrix(x)
+        return known[x.tobytes()] @ p
+
+    def curvature_matrix(x: np.ndarray) -> sparse.spmatrix | LinearOperator:
+        k = np.exp(x * error)
+        expected = weight @ k
+        slope = k * error**2 * (transposed @ (total / expected))
+        scaled = sparse.diags(np.sqrt(total) / expected) @ weight
+        scaled = scaled @ sparse.diags(k * error)
+        if explicit:
+            return (sparse.diags(slope) - scaled.T @ scaled).tocsr()
+        mates = scaled.T.tocsr()
+        return LinearOperator(
+            (len(k), len(k)), matvec=lambda p: slope * p - mates @ (scaled @ p)
+        )
+
+    start = photons / (transposed @ (total / (weight @ np.ones(shape[1]))))
+    with np.errstate(over="ignore", invalid="ignore"):  # of steps too long, not taken
+        result = optimize.minimize(
+            minus_log_likelihood,
+            np.log(start) / error,
+            method="Newton-CG",
+            jac=True,
+            hessp=curvature,
+            options={"maxiter": MAX_CYCLES, "xtol": 1e-5},
+        )
+    misfit = np.max(np.abs(minus_log_likelihood(result.x)[1]) * error)
+    # The line search may find no better value at the limit of the precision.
+    if not (result.success or misfit < CONVERGED):
+        logger.warning(
+            "Warning: the scales of %d experiments did not converge in %d cycles; "
+            "observed and expected photons differ by up to %.2g%%",
+            shape[1],
+            result.nit,
+            100 * misfit,
+        )
+    return result.x * error
+
+
+def collect_pairs(
+    tables: Sequence[ObservationTable],
+    numbers: Sequence[dict[int, int]],
+    step: int,
+) -> tuple[Pairs, np.ndarray]:
+    """The sums of one in ``step`` symmetry-unique voxels, chosen by a hash.
+
+    All observations of a voxel are in or none is.
+
+    Args:
+        tables: Observations on the same grid.
+        numbers: For each table the number of each experiment by its ``id``.
+        step: 1 for all voxels.
+
+    Returns:
+        The pairs, and the number of rows of each experiment among all voxels.
+
+    Raises:
+        ValueError: No table has rows that can be used.
+    """
+    voxels: list[np.ndarray] = []
+    parts = []
+    n_rows = np.zeros(sum(map(len, numbers)), dtype=np.int64)
+    for table, number in zip(tables, numbers):
+        names = [*COLUMNS, *{"flags"}.intersection(table.columns)]
+        for start, stop in table.slabs(ROWS_PER_SLAB):
+            rows = usable_rows(table.read(start, stop, names))
+            if len(rows["id"]) == 0:
+                continue
+            experiment = lookup(number, rows["id"], table.path)
+            n_rows += np.bincount(experiment, minlength=len(n_rows))
+            index = rows["miller_index"]
+            new = np.ones(len(index), dtype=bool)
+            new[1:] = np.any(index[1:] != index[:-1], axis=1)
+            asu = symmetry.map_to_asu(index[new], table.grid.laue_group)
+            packed, inverse = np.unique(sums.pack(asu), return_inverse=True)
+            voxel = inverse[np.cumsum(new) - 1]
+            photons = rows["counts"] - rows["background.sum.value"]
+            columns = (voxel, experiment, photons, rows["normalisation"])
+            if step > 1:
+                chosen = sums.mix_bits(packed.view(np.uint64)) % np.uint64(step) == 0
+                columns = tuple(column[chosen[voxel]] for column in columns)
+            n_voxels = sum(map(len, voxels))
+            voxels.append(packed)
+            parts.append((columns[0] + n_voxels, *columns[1:]))
+    if not parts:
+        raise ValueError(
+            f"{tables[0].path} has no usable observations: all of its rows are flagged "
+            "as outliers or have no pixels"
+        )
+    voxel, *columns = (np.concatenate(column) for column in zip(*parts))
+    _, number = np.unique(np.concatenate(voxels), return_inverse=True)
+    return add_up_pairs(number[voxel], *columns), n_rows
+
+
+def sample_pairs(
+    tables: Sequence[ObservationTable], numbers: Sequence[dict[int, int]]
+) -> Pairs:
+    """The sums of enough voxels for the scale of every experiment.
+
+    Args: as those of ``collect_pairs``.
+    """
+    step = -(-sum(table.n_rows for table in tables) // MAX_ROWS)
+    while True:
+        pairs, n_rows = collect_pairs(tables, numbers, step)
+        n_pairs = np.bincount(pairs.experiment, minlength=len(n_rows))
+        # Several rows may make one pair: without a choice all is taken as it is.
+        if step == 1 or np.all(n_pairs >= np.minimum(n_rows, MIN_ROWS)):
+            return pairs
+        step = -(-step // 4) if step > 2 else 1
+
+
+def scale_experiments(tables: Sequence[ObservationTable]) -> list[dict[int, float]]:
     """Scale factor of each experiment of each table, by its ``id``.
 
     Args:
         tables: Observations on the same grid.
     """
-    names = ["miller_index", "id", "counts", "background.sum.value", "normalisation"]
-    step = -(-sum(table.n_rows for table in tables) // MAX_ROWS)
-    parts, offset = [], 0
+    numbers, names = [], []
     for table in tables:
-        for start, stop in list(table.slabs(MAX_ROWS // 20))[::step]:
-            rows = table.read(start, stop, names)
-            index, inverse = np.unique(
-                table.grid.key(rows["miller_index"]), return_inverse=True
-            )
-            asu = symmetry.map_to_asu(table.grid.index(index), table.grid.laue_group)
-            parts.append(
-                (
-                    table.grid.key(asu)[inverse],
-                    rows["id"] + offset,
-                    rows["counts"] - rows["background.sum.value"],
-                    rows["normalisation"],
-                )
-            )
-        offset += max(table.identifiers) + 1
-    key, experiment, photons, weight = (np.concatenate(c) for c in zip(*parts))
-    _, voxel = np.unique(key, return_inverse=True)
-    scale = np.ones(offset)
-    found = relative_scales(voxel, experiment, photons, weight)
-    scale[: len(found)] = found
-    result, offset = [], 0
-    for table in tables:
-        result.append({i: float(scale[offset + i]) for i in table.identifiers})
-        offset += max(table.identifiers) + 1
-    return result
+        numbers.append({i: len(names) + n for n, i in enumerate(table.identifiers)})
+        names.extend(table.identifiers.values())
+    scale, group = relative_scales(sample_pairs(tables, numbers), len(names))
+    blank = [name for name, g in zip(names, group) if g < 0]
+    if blank:
+        logger.warning(
+            "Warning: %d of %d experiments are left out, as they have no photons in "
+            "voxels where others have some: %s",
+            len(blank),
+            len(names),
+            ", ".join(blank[:MAX_NAMES]) + (", ..." if len(blank) > MAX_NAMES else ""),
+        )
+    sizes = np.sort(np.unique(group[group >= 0], return_counts=True)[1])[::-1]
+    if len(sizes) > 1:
+        logger.warning(
+            "Warning: no voxel with photons links the experiments of %d groups, so "
+            "their relative scale is not known and each has a mean scale of 1. "
+            "Experiments in each: %s",
+            len(sizes),
+            ", ".join(map(str, sizes[:10])) + (", ..." if len(sizes) > 10 else ""),
+        )
+    return [{i: float(scale[n]) for i, n in number.items()} for number in numbers]
+
+
+def put_on_one_scale(
+    tables: Sequence[ObservationFile],
+) -> tuple[Sequence[ObservationTable], dict[str, float]]:
+    """Put experiments that have no scale yet on one scale.
+
+    Returns:
+        The tables with scales, and the scale of each experiment by its identifier; empty
+        where the tables had scales.
+
+    Raises:
+        ValueError: Some tables have scales and others have none.
+    """
+    scaled = ["inverse_scale_factor" in table.columns for table in tables]
+    if all(scaled):
+        return tables, {}
+    if any(scaled):
+        raise ValueError(
+            f"{tables[scaled.index(True)].path} has been scaled, "
+            f"{tables[scaled.index(False)].path} has not: scale all files together or "
+            "give them all unscaled. With scale_experiments=False they are merged as "
+            "they are, unscaled ones with a scale of 1"
+        )
+    scales = scale_experiments(tables)
+    by_identifier = {
+        table.identifiers[i]: k
+        for table, of_table in zip(tables, scales)
+        for i, k in of_table.items()
+    }
+    values = np.array([k for k in by_identifier.values() if k > 0])
+    logger.info(
+        "Scales of %d experiments, from their counts in common voxels: %.3f to %.3f, "
+        "rms deviation from 1 %.3f",
+        len(values),
+        values.min(),
+        values.max(),
+        np.sqrt(np.mean((values - 1) ** 2)),
+    )
+    return [ScaledTable(t, k) for t, k in zip(tables, scales)], by_identifier
 
 
 class ScaledTable:

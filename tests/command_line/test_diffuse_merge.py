@@ -94,6 +94,60 @@ def test_experiments_without_observations_are_reported(write_observations, caplo
     assert "1 of 2 experiments have no observations" in caplog.text
 
 
+@pytest.mark.parametrize("mean", [0.01, 0.1, 1, 10, 100])
+def test_poisson_means_are_found_without_bias(write_observations, mean):
+    """With a background and unequal scales and exposures, to the error of counting."""
+    rng = np.random.default_rng(7)
+    index = np.repeat(GRID.index(np.arange(np.prod(GRID.shape))), 4, axis=0)
+    index = index[GRID.in_resolution_range(GRID.s(index))]
+    ids = np.arange(len(index)) % 4
+    weight = rng.uniform(0.5, 2, len(index))
+    background = 0.5 * mean * weight
+    signal = np.array([0.4, 0.8, 1.2, 1.6])[ids] * weight * mean
+    columns = {
+        "miller_index": index,
+        "id": ids,
+        "counts": rng.poisson(signal + background).astype(float),
+        "background.sum.value": background,
+        "normalisation": weight,
+    }
+    files = write_observations("extracted", GRID, columns, ("a", "b", "c", "d"))
+    diffuse_merge.run([*files, "output.plot=None"])
+    merged = read_map("merged.h5", ["intensity", "sigma", "normalisation"])
+    total = merged["normalisation"].sum()
+    found = np.sum(merged["intensity"] * merged["normalisation"]) / total
+    error_of_mean = np.sqrt(columns["counts"].sum()) / total
+    assert found == pytest.approx(mean, abs=4 * error_of_mean)
+    if mean >= 1:  # fewer counts in a voxel than some tens make its own error uncertain
+        pull = (merged["intensity"] - mean) / merged["sigma"]
+        assert np.mean(pull**2) == pytest.approx(1, abs=0.2)
+
+
+def test_negative_cc_half_and_halves_of_experiments(write_observations, caplog):
+    """Three experiments have too much where the other three have too little."""
+    rng = np.random.default_rng(7)
+    n = len(GRID.asu_indices())
+    index, ids = np.tile(GRID.asu_indices(), (6, 1)), np.repeat(np.arange(6), n)
+    sign = 2 * (ids % 2) - 1
+    mean = 1000 + 300 * sign * np.cos(20 * GRID.s(index))
+    columns = {"miller_index": index, "id": ids, "counts": rng.poisson(mean) * 1.0}
+    names = tuple(f"image {i}" for i in range(6))
+    files = write_observations("extracted", GRID, columns, names)
+    diffuse_merge.run([*files, "output.plot=None"])
+    warning = "shells is significantly negative: observations of one voxel disagree"
+    assert warning in caplog.text
+    assert "half_split=experiments measures CC1/2 without" in caplog.text
+    caplog.clear()
+    diffuse_merge.run([*files, "output.plot=None", "half_split=experiments"])
+    assert warning not in caplog.text
+
+
+def test_all_experiments_in_one_half(write_observations, caplog):
+    files = write_observations("x", GRID, {"miller_index": GRID.asu_indices()}, ("a",))
+    diffuse_merge.run([*files, "output.plot=None", "half_split=experiments"])
+    assert "CC1/2 is not defined" in caplog.text
+
+
 def error(args) -> str:
     """The error message of the command, which must be one line for each error."""
     with pytest.raises(Sorry) as sorry:
@@ -118,9 +172,7 @@ def test_reflections_that_are_not_observations(observed, tmp_path):
     expt, _ = observed
     native = str(tmp_path / "native.refl")
     flex.reflection_table().as_file(native)
-    assert "native.refl is not a file that this command can use" in error(
-        [expt, native]
-    )
+    assert "native.refl is empty, damaged or of a kind" in error([expt, native])
     with h5py.File("other.refl", "w"):
         pass
     assert error([expt, "other.refl"]) == (

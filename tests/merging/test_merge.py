@@ -292,6 +292,31 @@ def test_half_maps_agree_in_signal_and_not_in_noise(write_observations, merge_fi
         assert low <= statistics.overall.cc_half <= high
 
 
+def test_offsets_of_experiments_make_halves_of_observations_disagree(
+    write_observations, merge_files
+):
+    """Six experiments saw all voxels; each has too much at some radii."""
+    rng = np.random.default_rng(7)
+    index = np.tile(GRID.asu_indices(), (6, 1))
+    ids = np.repeat(np.arange(6), len(GRID.asu_indices()))
+    phase = 2 * np.pi * ids / 6
+    mean = 1000 + 100 * np.cos(20 * GRID.s(index) + phase)
+    columns = {"miller_index": index, "id": ids, "counts": rng.poisson(mean) * 1.0}
+    names = tuple(f"image {i}" for i in range(6))
+    _, refl = write_observations("a", GRID, columns, names)
+    n = len(GRID.asu_indices())
+    statistics, _ = merge_files(refl, n_shells=3)
+    assert all(shell.is_anticorrelated for shell in statistics.shells)
+    assert statistics.overall.cc_half < -0.2
+    statistics, path = merge_files(
+        refl, name="other.h5", n_shells=3, half_split="experiments"
+    )
+    assert not any(shell.is_anticorrelated for shell in statistics.shells)
+    assert abs(statistics.overall.cc_half) < 4 / np.sqrt(n)
+    n_obs = read_map(path, ["half_1/n_obs", "half_2/n_obs"])
+    assert len(set(n_obs["half_1/n_obs"])) == len(set(n_obs["half_2/n_obs"])) == 1
+
+
 def test_seed_changes_the_halves_but_not_the_map(write_observations, merge_files):
     rows = random_rows(GRID, 5000, np.random.default_rng(7))
     _, refl = write_observations("a", GRID, rows)

@@ -219,7 +219,7 @@ def test_splitmix64_gives_the_published_sequence():
     with np.errstate(over="ignore"):
         state = np.array([0, gamma, gamma + gamma], dtype=np.uint64)
     np.testing.assert_array_equal(
-        sums._splitmix64(state),
+        sums.mix_bits(state),
         np.array(
             [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F],
             dtype=np.uint64,
@@ -242,3 +242,13 @@ def test_grid_with_an_axis_too_long_to_pack():
     grid = Grid((100.0, 1.0, 1.0, 90, 90, 90), (12000, 1, 1), " P 1", 1.0)
     with pytest.raises(ValueError, match="too long on one axis"):
         sums.unique_voxels(grid)
+
+
+def test_split_of_experiments_depends_on_identifier_and_seed_only():
+    names = [f"image {i}" for i in range(2000)]
+    half = sums.split_experiments(sums.hash_identifiers(names), 42)
+    again = sums.split_experiments(sums.hash_identifiers(names[::-1]), 42)
+    np.testing.assert_array_equal(half, again[::-1])
+    other = sums.split_experiments(sums.hash_identifiers(names), 43)
+    for fraction in (half.mean(), np.mean(half == other)):
+        assert fraction == pytest.approx(0.5, abs=4 * 0.5 / np.sqrt(2000))
