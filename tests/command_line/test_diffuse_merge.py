@@ -204,7 +204,8 @@ def test_incompatible_grids(write_observations):
 
 def test_output_folder_that_does_not_exist(observed):
     message = error([*observed, "output.map=nowhere/merged.h5"])
-    assert message == "Cannot write nowhere/merged.h5: No such file or directory"
+    assert message.startswith("Cannot write nowhere/merged.h5: ")
+    assert len(message.splitlines()) == 1
 
 
 @pytest.mark.parametrize("option", ["map", "plot", "json", "log"])
