@@ -89,7 +89,7 @@ def export_ccp4(handle: MapFile, what: str, params: Any, prefix: str) -> None:
     with atomic_path(path) as temporary:
         write_ccp4(temporary, grid, box, params.ccp4.scale, labels)
     logger.info(
-        "%s written to %s: cell %s; %d of %d voxels were not observed or lie beyond d_min "
+        "%s written to %s: cell %s; %d of %d voxels were not observed "
         "and are set to %g",
         what,
         path,

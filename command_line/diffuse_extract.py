@@ -38,6 +38,7 @@ from dials.util.options import ArgumentParser
 from dials_diffuse.extraction.extract import extract
 from dials_diffuse.extraction.reference import make_grid
 from dials_diffuse.extraction.report import (
+    log_bragg,
     log_crystals,
     log_geometry,
     log_grid,
@@ -93,7 +94,9 @@ def write_output(
     """Extract, and write the table and its experiment list once both are complete."""
     expt_name, refl_name = params.output.experiments, params.output.reflections
     grid = make_grid(experiments, settings)
+    settings.bragg.check_coverage(grid.cell, grid.rotations)
     log_grid(grid)
+    log_bragg(settings.bragg)
     log_crystals(experiments, grid)
     log_rotation(experiments, grid)
     with atomic_path(refl_name) as table, atomic_path(expt_name) as expt:
@@ -145,7 +148,10 @@ def run(
         start_log(params, options)
         report_changes(parser)
         if files:
-            raise ValueError(f"{files[0]} is an HDF5 file, which is not used here")
+            raise ValueError(
+                f"{files[0]} is an HDF5 file, the output of a later stage: give the "
+                ".expt and .refl of dials.index, dials.refine or dials.integrate"
+            )
         with ends_by_signal():
             process(params, parser.phil.as_str())
     except ValueError as e:

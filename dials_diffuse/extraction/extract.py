@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import multiprocessing.synchronize
 import os
+import signal
 import tempfile
 from pathlib import Path
 from typing import Iterator, Sequence
@@ -128,6 +129,11 @@ def _run_task(first: int, last: int) -> TaskResult:
     return result
 
 
+def _ignore_interrupt() -> None:
+    """Ctrl-C reaches all processes of a terminal; the parent deals with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def cut_into_tasks(blocks: Sequence[Block], nproc: int) -> list[tuple[int, int]]:
     """Ranges of blocks with about equal numbers of images, a few for each process."""
     n_images = np.concatenate([[0], np.cumsum([len(block) for block in blocks])])
@@ -143,7 +149,9 @@ def _results(tasks: list[tuple[int, int]], nproc: int) -> Iterator[TaskResult]:
         for task in tasks:
             yield _run_task(*task)
         return
-    with concurrent.futures.ProcessPoolExecutor(nproc, mp_context=FORK) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+        nproc, mp_context=FORK, initializer=_ignore_interrupt
+    ) as pool:
         futures = [pool.submit(_run_task, *task) for task in tasks]
         try:
             for future in futures:

@@ -54,13 +54,18 @@ def reference_cell(
         cell = uctbx.unit_cell(settings.unit_cell)
         if not group.is_compatible_unit_cell(cell):
             raise ValueError(
-                f"grid.unit_cell={cell} does not obey the space group {group.info()}"
+                f"grid.unit_cell={format_parameters(cell)} does not obey the space group {group.info()}"
             )
         return group.average_unit_cell(cell)
     if settings.reference_cell == "first":
         crystals = crystals[:1]
     cell = mean_cell([crystal.get_unit_cell() for crystal in crystals])
     return group.average_unit_cell(cell)
+
+
+def format_parameters(cell: uctbx.unit_cell) -> str:
+    """Cell parameters as PHIL takes them."""
+    return ",".join(f"{x:g}" for x in cell.parameters())
 
 
 def detector_limits(experiment: Experiment) -> tuple[float, float]:
@@ -91,7 +96,7 @@ def make_grid(experiments: ExperimentList, settings: ExtractionSettings) -> Grid
     elif d_min < corner - 1e-6:
         raise ValueError(
             f"d_min={d_min:g} is beyond the detector, whose corners reach "
-            f"{corner:.3f} A: use d_min={corner:.2f} or more"
+            f"{corner:.3f} Å: use d_min={corner:.2f} or more"
         )
     return Grid(
         unit_cell=reference_cell(crystals, group, settings).parameters(),

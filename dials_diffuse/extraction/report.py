@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Sequence
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from dxtbx.model.experiment_list import ExperimentList
 from dials.array_family import flex
 from dials.util import tabulate
 from dials_diffuse.extraction.reference import crystal_spread
+from dials_diffuse.extraction.settings import BraggSettings
 from dials_diffuse.extraction.settings_check import SettingCheck
 from dials_diffuse.geometry.validation import index_residuals
 from dials_diffuse.grid import Grid
@@ -25,12 +27,26 @@ MAX_RESIDUAL = 0.3
 MAX_SPREAD = 0.5
 
 
+def format_cell(unit_cell: Sequence[float]) -> str:
+    """Cell parameters in Å and degrees, for the log."""
+    return " ".join(f"{x:.2f}" for x in unit_cell)
+
+
+def log_bragg(bragg: BraggSettings) -> None:
+    """Log which pixels are left out around the Bragg positions."""
+    if bragg.exclusion == "none":
+        logger.info("Bragg exclusion: none, all pixels are kept")
+        return
+    unit = "1/Å" if bragg.unit == "inverse_angstrom" else "reciprocal cells"
+    logger.info("Bragg exclusion: ellipsoid of %g, %g, %g %s", *bragg.semi_axes, unit)
+
+
 def log_grid(grid: Grid) -> None:
     """Log the voxel grid."""
     logger.info(
         "Grid: cell %s, Laue group %s, %d x %d x %d voxels per reciprocal cell, "
-        "%.3f to %s A, box of %d x %d x %d voxels",
-        grid.cell,
+        "%.3f to %s Å, box of %d x %d x %d voxels",
+        format_cell(grid.unit_cell),
         grid.laue_group.info(),
         *grid.ndiv,
         grid.d_min,
@@ -42,9 +58,11 @@ def log_grid(grid: Grid) -> None:
 def log_crystals(experiments: ExperimentList, grid: Grid) -> None:
     """Log how far the crystals are from the reference cell; warn if it is too far."""
     spread = crystal_spread([e.crystal for e in experiments], grid)
+    if len(experiments) == 1 and spread.rms.max() == 0:
+        return
     voxels = spread.rms_voxels
     logger.info(
-        "Cells against the reference cell at %.2f A: rms difference in hkl %.4f (mean), "
+        "Cells against the reference cell at %.2f Å: rms difference in hkl %.4f (mean), "
         "%.4f (largest), that is %.2f and %.2f voxels",
         grid.d_min,
         spread.rms.mean(),
@@ -56,7 +74,7 @@ def log_crystals(experiments: ExperimentList, grid: Grid) -> None:
     if far:
         logger.warning(
             "Warning: the cells of %d of %d crystals differ from the reference cell by "
-            "more than %.1f voxel at %.2f A (largest: %.2f, experiment %d). Their voxels "
+            "more than %.1f voxel at %.2f Å (largest: %.2f, experiment %d). Their voxels "
             "lie at other scattering vectors; leave them out, or use a larger d_min or a "
             "smaller ndiv",
             far,
@@ -79,7 +97,7 @@ def log_rotation(experiments: ExperimentList, grid: Grid) -> None:
     voxels = np.radians(width) / grid.d_min * lengths.max()
     if voxels > 1:
         logger.warning(
-            "Warning: images of %g degrees sweep up to %.1f voxels at %.2f A. Each pixel "
+            "Warning: images of %g degrees sweep up to %.1f voxels at %.2f Å. Each pixel "
             "is put where the middle of its image is: the map is smeared along the "
             "rotation. Use finer images, a smaller ndiv or a larger d_min",
             width,

@@ -86,6 +86,30 @@ class BraggSettings:
         )
         return g[0, 0], g[1, 1], g[2, 2], g[0, 1], g[0, 2], g[1, 2]
 
+    def check_coverage(self, cell: uctbx.unit_cell, rotations: np.ndarray) -> None:
+        """Check that the ellipsoids leave something of each reciprocal cell.
+
+        Raises:
+            ValueError: They cover more than 95 % of it.
+        """
+        metric = self.metric(cell, rotations)
+        if metric is None:
+            return
+        g11, g22, g33, g12, g13, g23 = metric
+        g = np.array([[g11, g12, g13], [g12, g22, g23], [g13, g23, g33]])
+        axis = (np.arange(40) + 0.5) / 40 - 0.5
+        dh = np.stack(np.meshgrid(axis, axis, axis), axis=-1).reshape(-1, 3)
+        covered = np.mean(np.einsum("ni,ij,nj->n", dh, g, dh) < 1)
+        if covered > 0.95:
+            largest = min(cell.reciprocal().parameters()[:3]) / 2
+            raise ValueError(
+                f"The ellipsoids of bragg.semi_axes={self.semi_axes[0]:g},"
+                f"{self.semi_axes[1]:g},{self.semi_axes[2]:g} with bragg.unit="
+                f"{self.unit} cover {100 * covered:.0f} % of each reciprocal cell: use "
+                f"less than 0.5 for unit=hkl, or less than {largest:.2g} for "
+                "unit=inverse_angstrom"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class ExtractionSettings:

@@ -84,7 +84,10 @@ def _why_unhandled(arg: str, phil: libtbx.phil.scope) -> str:
     if os.path.isdir(arg):
         return f"{arg} is a folder: give files"
     if os.path.exists(arg):
-        return f"{arg} is not a file that this command can use: see the help (-h)"
+        return (
+            f"{arg} is empty, damaged or of a kind that this command does not read: see "
+            "the help (-h)"
+        )
     if "=" not in arg:
         return f"{arg} does not exist"
     try:
@@ -97,19 +100,32 @@ def _why_unhandled(arg: str, phil: libtbx.phil.scope) -> str:
 
 @contextlib.contextmanager
 def ends_by_signal() -> Iterator[None]:
-    """Within it SIGTERM, by which batch systems end a job, ends it like an error.
+    """Within it SIGINT (Ctrl-C) and SIGTERM (of batch systems) end the work in order.
 
-    So temporary files are removed. A handler that a program has set stays in force.
+    Temporary files are removed, one line says so, and the exit status is 128 + signal.
+    A handler of SIGTERM that a program has set stays in force.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    own = in_main_thread and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if own:
+        signal.signal(signal.SIGTERM, _raise_terminated)
     try:
         yield
+    except (KeyboardInterrupt, _Terminated) as e:
+        number = signal.SIGTERM if isinstance(e, _Terminated) else signal.SIGINT
+        logger.error("Ended by %s: nothing unfinished was kept", number.name)
+        sys.exit(128 + number)
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if own:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class _Terminated(BaseException):
+    """SIGTERM has come."""
+
+
+def _raise_terminated(*_: Any) -> NoReturn:
+    raise _Terminated
 
 
 def start_log(params: Any, options: Any) -> None:

@@ -24,6 +24,8 @@ def atomic_path(final: str | os.PathLike) -> Iterator[Path]:
     final = Path(final)
     if final.is_dir():
         raise ValueError(f"Cannot write {final}: it is a folder")
+    if not final.parent.is_dir():
+        raise ValueError(f"Cannot write {final}: there is no folder {final.parent}")
     try:
         handle, name = tempfile.mkstemp(
             # writers of dxtbx choose the format by the suffix

@@ -108,7 +108,7 @@ def test_both_formats(tmp_path):
         (["merged.h5", "merged.h5"], "Please give one map .*, not 2"),
         (["nowhere.h5"], "^nowhere.h5 does not exist$"),
         (["extracted.refl"], "^extracted.refl is not a merged map: give the output"),
-        (["extracted.expt"], "^extracted.expt is not a file that this command can use"),
+        (["extracted.expt"], "^extracted.expt is empty, damaged or of a kind"),
         (["merged.h5", "format=mtz"], "mtz"),
         (["merged.h5", "ccp4.fill=nan"], "ccp4.fill must be a finite number"),
         (["merged.h5", "output.prefix=nowhere/x"], "Cannot write nowhere/x.ccp4"),

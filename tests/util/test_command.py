@@ -67,7 +67,9 @@ def test_wrong_argument_is_named(parser, tmp_path, monkeypatch, arg, message):
 def test_wrong_files_are_all_named(parser, tmp_path):
     text = tmp_path / "notes.txt"
     text.write_text("not a reflection table")
-    with pytest.raises(ValueError, match="notes.txt is not a file.*\n.*is a folder"):
+    with pytest.raises(
+        ValueError, match="notes.txt is empty, damaged.*\n.*is a folder"
+    ):
         command.parse_arguments(parser, [str(text), str(tmp_path)])
 
 
@@ -94,14 +96,16 @@ def test_log_that_cannot_be_written(parser, tmp_path):
         command.start_log(params, options)
 
 
-def test_termination_removes_temporary_files(tmp_path):
-    """SIGTERM, by which batch systems end a job, unwinds like an error."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_remove_temporary_files(tmp_path, caplog, number):
+    """SIGTERM, by which batch systems end a job, and Ctrl-C unwind like an error."""
     with pytest.raises(SystemExit) as stop, ends_by_signal():
         with atomic_path(tmp_path / "map.h5") as path:
             path.write_text("half of it")
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             time.sleep(10)
-    assert stop.value.code == 143
+    assert stop.value.code == 128 + number
+    assert f"Ended by {number.name}: nothing unfinished was kept" in caplog.text
     assert list(tmp_path.iterdir()) == []
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
