@@ -36,6 +36,7 @@ from libtbx.utils import Sorry
 
 import dials.util
 from dials.util.options import ArgumentParser, flatten_experiments
+from dials_diffuse.io.inputs import check_identifiers
 from dials_diffuse.io.maps import INTENSITY, MapFile, MapWriter
 from dials_diffuse.io.observations import ObservationFile
 from dials_diffuse.merging.merge import MergingSettings, merge
@@ -88,7 +89,7 @@ def log_input(tables: Sequence[ObservationFile]) -> None:
     """Say what is merged, and on which grid."""
     for table in tables:
         logger.info(
-            "%s: %d observations of %d experiments",
+            "%s: %d rows of %d experiments",
             table.path,
             table.n_rows,
             len(table.identifiers),
@@ -198,8 +199,34 @@ def check_arguments(params: Any, files: Sequence[str]) -> None:
             if os.path.realpath(name) in used:
                 errors.append(f"output.{option}={name} is in use: give another name")
             used.add(os.path.realpath(name))
+            folder = os.path.dirname(os.path.realpath(name))
+            if not os.path.isdir(folder):
+                errors.append(f"output.{option}={name}: there is no folder {folder}")
     if errors:
         raise ValueError("\n".join(errors))
+    check_identifiers(params.input.experiments)
+
+
+def process(params: Any, phil: str, files: Sequence[str]) -> None:
+    """Read the input, merge, write the output."""
+    experiments = flatten_experiments(params.input.experiments)
+    with contextlib.ExitStack() as stack:
+        tables = [stack.enter_context(ObservationFile(path)) for path in files]
+        log_input(tables)
+        check_experiments(experiments, tables)
+        check_tables(tables)
+        scales: dict[str, float] = {}
+        if params.scale_experiments:
+            tables, scales = put_on_one_scale(tables)
+        statistics = write_map(tables, params, phil, files)
+    log_statistics(statistics, params.half_split)
+    logger.info("Map written to %s", params.output.map)
+    if params.output.json:
+        write_json(params.output.json, statistics, scales)
+        logger.info("Statistics written to %s", params.output.json)
+    if params.output.plot:
+        write_plot(params.output.plot, params.output.map)
+        logger.info("Picture of the layers written to %s", params.output.plot)
 
 
 @dials.util.show_mail_handle_errors()
@@ -220,24 +247,8 @@ def run(
         check_arguments(params, files)
         start_log(params, options)
         report_changes(parser)
-        experiments = flatten_experiments(params.input.experiments)
-        with ends_by_signal(), contextlib.ExitStack() as stack:
-            tables = [stack.enter_context(ObservationFile(path)) for path in files]
-            log_input(tables)
-            check_experiments(experiments, tables)
-            check_tables(tables)
-            scales: dict[str, float] = {}
-            if params.scale_experiments:
-                tables, scales = put_on_one_scale(tables)
-            statistics = write_map(tables, params, parser.phil.as_str(), files)
-        log_statistics(statistics, params.half_split)
-        logger.info("Map written to %s", params.output.map)
-        if params.output.json:
-            write_json(params.output.json, statistics, scales)
-            logger.info("Statistics written to %s", params.output.json)
-        if params.output.plot:
-            write_plot(params.output.plot, params.output.map)
-            logger.info("Picture of the layers written to %s", params.output.plot)
+        with ends_by_signal():
+            process(params, parser.phil.as_str(), files)
     except ValueError as e:
         raise Sorry(e) from None
 

@@ -69,7 +69,9 @@ def check_tables(tables: Sequence[ObservationTable]) -> None:
             if mine != other:
                 raise ValueError(
                     f"{table.path} has a grid with {field.name}={mine}, {first.path} "
-                    f"one with {field.name}={other}: extract both on the same grid"
+                    f"one with {field.name}={other}: extract both on the same grid "
+                    "(grid.reference_cell=given grid.unit_cell=..., grid.d_min, "
+                    "grid.ndiv)"
                 )
         for identifier in table.identifiers.values():
             if identifier in seen:

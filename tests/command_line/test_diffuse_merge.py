@@ -204,7 +204,7 @@ def test_incompatible_grids(write_observations):
 
 def test_output_folder_that_does_not_exist(observed):
     message = error([*observed, "output.map=nowhere/merged.h5"])
-    assert message.startswith("Cannot write nowhere/merged.h5: ")
+    assert message.startswith("output.map=nowhere/merged.h5: there is no folder")
     assert len(message.splitlines()) == 1
 
 
@@ -259,3 +259,16 @@ def test_help(option, capsys):
     text = capsys.readouterr().out
     assert "n_shells = 20" in text
     assert ("voxels_per_pass" in text) == ("-e2" in option)
+
+
+def test_same_experiments_twice(observed):
+    with pytest.raises(Sorry, match="hold the same experiment .*give each only once"):
+        diffuse_merge.run([*observed, *observed])
+
+
+@pytest.mark.parametrize("option", ["map", "plot", "json"])
+def test_output_folder_is_checked_first(observed, tmp_path, option):
+    with pytest.raises(Sorry, match=f"output.{option}=no/x: there is no folder .*/no"):
+        diffuse_merge.run([*observed, f"output.{option}=no/x"])
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["extracted.expt", "extracted.refl"]
