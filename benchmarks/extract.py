@@ -109,27 +109,37 @@ def make_images(folder: Path, n_images: int) -> Path:
     return expt
 
 
-def run(folder: Path, expt: Path, nproc: int, ndiv: int) -> tuple[float, float, int]:
-    """CPU seconds, wall seconds and peak memory (bytes, largest process) of a run."""
-    command = Path(sys.executable).with_name("dials.diffuse_extract")
-    code = (
+def run(folder: Path, expt: Path, nproc: int, ndiv: int) -> tuple[float, ...]:
+    """CPU and wall seconds, those after the imports, and peak memory of a run.
+
+    The memory is that of the largest process, in bytes.
+    """
+    command = (
+        "import sys, time\n"
+        "from dials_diffuse.command_line.diffuse_extract import run\n"
+        "start = time.perf_counter()\n"
+        "run(sys.argv[1:])\n"
+        "print(time.perf_counter() - start, file=sys.stderr)\n"
+    )
+    measure = (
         "import resource, subprocess, sys, time\n"
         "start = time.perf_counter()\n"
-        "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)\n"
+        "run = [sys.executable, '-c', *sys.argv[1:]]\n"
+        "work = subprocess.run(run, check=True, capture_output=True).stderr\n"
         "wall = time.perf_counter() - start\n"
         "use = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
-        "print(use.ru_utime + use.ru_stime, wall, use.ru_maxrss * 1024)\n"
+        "cpu = use.ru_utime + use.ru_stime\n"
+        "print(cpu, wall, float(work.split()[-1]), use.ru_maxrss * 1024)\n"
     )
-    arguments = [str(command), str(expt), f"grid.ndiv={ndiv}", f"mp.nproc={nproc}"]
+    arguments = [str(expt), f"grid.ndiv={ndiv}", f"mp.nproc={nproc}"]
     result = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, "-c", measure, command, *arguments],
         check=True,
         cwd=folder,
         stdout=subprocess.PIPE,
         text=True,
     )
-    cpu, wall, memory = result.stdout.split()
-    return float(cpu), float(wall), int(memory)
+    return tuple(map(float, result.stdout.split()))
 
 
 def reading(expt: Path) -> float:
@@ -155,31 +165,35 @@ def main() -> None:
     one = make_images(folder, 1)
     mpixel = options.images * PIXELS / 1e6
 
-    def median(expt: Path, nproc: int, ndiv: int) -> tuple[float, float, float]:
-        runs = [run(folder, expt, nproc, ndiv) for _ in range(options.repeat)]
-        return tuple(np.median(runs, axis=0))
-
     print(f"{options.images} images of {NFAST} x {NSLOW}: {mpixel:.0f} Mpixel")
     print(
         f"reading alone, by dxtbx: {mpixel / reading(expt):.0f} Mpixel per CPU-second"
     )
-    start_cpu, start_wall, _ = median(one, 1, options.ndiv)
-    print(f"start-up: {start_cpu:.1f} CPU-s, {start_wall:.1f} s wall")
-    wall = {}
-    cases = [(1, options.ndiv), (2, options.ndiv), (2, options.large_ndiv)]
-    for nproc, ndiv in cases:
-        cpu, wall[nproc, ndiv], memory = median(expt, nproc, ndiv)
-        print(
-            f"nproc={nproc} ndiv={ndiv}: {cpu:.1f} CPU-s, {wall[nproc, ndiv]:.1f} s "
-            f"wall, {mpixel / cpu:.0f} Mpixel per CPU-second "
-            f"({mpixel / (cpu - start_cpu):.0f} without start-up), "
-            f"peak memory {memory / 1e9:.2f} GB per process"
-        )
-    one_process, two_processes = (wall[n, options.ndiv] for n in (1, 2))
+    cases = {
+        "start-up": (one, 1, options.ndiv),
+        "one process": (expt, 1, options.ndiv),
+        "two processes": (expt, 2, options.ndiv),
+        "two processes, large grid": (expt, 2, options.large_ndiv),
+    }
+    # in turn, so that a change of the machine's speed hits all alike
+    runs = np.array(
+        [[run(folder, *case) for case in cases.values()] for _ in range(options.repeat)]
+    )
+    cpu, wall, work, memory = np.moveaxis(np.median(runs, axis=0), -1, 0)
+    for i, (name, (_, _, ndiv)) in enumerate(cases.items()):
+        text = f"{name}: {cpu[i]:.1f} CPU-s, {wall[i]:.1f} s wall"
+        if i:
+            text += (
+                f", {mpixel / cpu[i]:.0f} Mpixel per CPU-second "
+                f"({mpixel / (cpu[i] - cpu[0]):.0f} without start-up), ndiv={ndiv}, "
+                f"peak memory {memory[i] / 1e9:.2f} GB per process"
+            )
+        print(text)
+    (single, single_work), (double, double_work) = (runs[:, i, 1:3].T for i in (1, 2))
     print(
-        f"two processes against one: {one_process / two_processes:.2f} times as fast, "
-        f"{(one_process - start_wall) / (two_processes - start_wall):.2f} times without "
-        "start-up"
+        f"two processes against one: {np.median(single / double):.2f} times as fast, "
+        f"{np.median(single_work / double_work):.2f} times after the imports "
+        f"({work[1]:.1f} s against {work[2]:.1f} s)"
     )
 
 

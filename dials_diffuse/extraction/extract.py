@@ -88,7 +88,11 @@ _job: Job | None = None
 @functools.lru_cache(maxsize=CACHED_TABLES)
 def _tables(key: TableKey) -> list[PanelTable]:
     """Detector arrays of a key, made when first needed."""
-    return detector_tables(_job.experiments[_job.first[key]], _job.settings)
+    # before the fork all processors are free for it
+    in_parent = multiprocessing.parent_process() is None
+    n_threads = _job.settings.nproc if in_parent else _job.n_threads
+    experiment = _job.experiments[_job.first[key]]
+    return detector_tables(experiment, _job.settings, n_threads)
 
 
 def _blocks_of_task(

@@ -7,6 +7,7 @@ integers are exact, whatever their order. Masked pixels have a weight of zero.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
@@ -181,7 +182,11 @@ class PanelArrays:
 
 
 def panel_arrays(
-    panel: Panel, beam: Beam, good: np.ndarray, settings: CorrectionSettings
+    panel: Panel,
+    beam: Beam,
+    good: np.ndarray,
+    settings: CorrectionSettings,
+    n_threads: int = 1,
 ) -> PanelArrays:
     """Directions and normalisation of all pixels of a panel.
 
@@ -189,11 +194,13 @@ def panel_arrays(
         panel, beam: The models.
         good: Mask, True for good pixels, shape (n_slow, n_fast).
         settings: The factors of the normalisation.
+        n_threads: Threads to use; numpy lets them run side by side.
     """
     e = np.empty((3, *good.shape), dtype=np.float32)
     weight = np.empty(good.shape)
     parallax = directions.ParallaxShift(panel)
-    for rows in directions.row_chunks(good.shape):
+
+    def fill(rows: slice) -> None:
         position = directions.lab_coordinates(panel, rows)
         ray = position
         if not parallax.is_zero:
@@ -201,6 +208,10 @@ def panel_arrays(
         ray = ray / corrections.length(ray)
         e[:, rows] = ray
         weight[rows] = normalisation(panel, beam, position, ray, settings)
+
+    with concurrent.futures.ThreadPoolExecutor(n_threads) as pool:
+        for _ in pool.map(fill, directions.row_chunks(good.shape)):
+            pass  # raises what a thread raised
     unit = float(weight.max()) / MAX_WEIGHT
     weight *= good / unit
     return PanelArrays(e, np.rint(weight, out=weight).astype(np.int32), unit)
@@ -228,13 +239,15 @@ class PanelTable:
 
 
 def detector_tables(
-    experiment: Experiment, settings: ExtractionSettings
+    experiment: Experiment, settings: ExtractionSettings, n_threads: int = 1
 ) -> list[PanelTable]:
     """What the pixel loop needs of each panel of an experiment's detector."""
     tables = []
     for number, panel in enumerate(experiment.detector):
         good = good_pixels(panel, number, experiment.imageset, settings.mask)
-        arrays = panel_arrays(panel, experiment.beam, good, settings.corrections)
+        arrays = panel_arrays(
+            panel, experiment.beam, good, settings.corrections, n_threads
+        )
         nfast, nslow = panel.get_image_size()
         low, high = settings.trusted_range or inclusive_trusted_range(panel)
         # Named, so that they outlive an exception: dxtbx 3.11 aborts the process if such
