@@ -10,6 +10,7 @@ result does not depend on how the blocks were dealt out.
 from __future__ import annotations
 
 import bisect
+import concurrent.futures
 import math
 from pathlib import Path
 from typing import Iterable, Iterator, Sequence
@@ -21,7 +22,7 @@ from dials_diffuse.grid import Grid
 from dials_diffuse.io.observations import ObservationWriter
 
 RUN_ROWS = 2_000_000  # 112 MB
-SLAB_ROWS = 1_000_000
+SLAB_ROWS = 500_000
 SAMPLE = 997  # every so many rows, a key that says how the rows are distributed
 
 
@@ -96,16 +97,33 @@ def sorted_slabs(
             yield slab[np.argsort(slab["key"], kind="stable")]
 
 
+def voxels_of(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Keys of the voxels of sorted rows, and which of them each row belongs to."""
+    key = rows["key"]
+    starts = np.flatnonzero(np.diff(key, prepend=-1))
+    lengths = np.diff(starts, append=len(key))
+    return key[starts], np.repeat(np.arange(len(starts)), lengths)
+
+
 def observation_columns(rows: np.ndarray, grid: Grid) -> dict[str, np.ndarray]:
     """The columns of the reflection table of some rows of sums.
+
+    Left out are voxels wholly beyond d_min in the reference cell. A crystal with a
+    larger cell reaches them, but merging could not place them.
 
     Args:
         rows: Array of dtype ``SUMS``, sorted by voxel.
         grid: The voxel grid.
     """
-    voxels, voxel_of_row = np.unique(rows["key"], return_inverse=True)
+    voxels, voxel_of_row = voxels_of(rows)
     index = grid.index(voxels)
     s = grid.s(index)
+    inside = s <= 1 / grid.d_min + grid.half_diagonal
+    if not inside.all():
+        rows, voxel_of_row = (
+            rows[inside[voxel_of_row]],
+            voxel_of_row[inside[voxel_of_row]],
+        )
     d = np.divide(1.0, s, out=np.zeros_like(s), where=s > 0)
     zero = np.zeros(len(rows))
     centroid = [rows[axis] / rows["n_pixels"] for axis in "xyz"]
@@ -124,18 +142,6 @@ def observation_columns(rows: np.ndarray, grid: Grid) -> dict[str, np.ndarray]:
     }
 
 
-def within_limit(rows: np.ndarray, grid: Grid) -> np.ndarray:
-    """The rows whose voxels reach into d_min of the reference cell.
-
-    A crystal with a larger cell than the reference reaches voxels beyond, whose
-    equivalents others do not reach.
-    """
-    voxels, voxel_of_row = np.unique(rows["key"], return_inverse=True)
-    limit = 1 / grid.d_min + grid.half_diagonal
-    inside = grid.s(grid.index(voxels)) <= limit
-    return rows if inside.all() else rows[inside[voxel_of_row]]
-
-
 def merge_runs(paths: Sequence[Path], grid: Grid, writer: ObservationWriter) -> int:
     """Append the observations of all runs, sorted by voxel, to a table.
 
@@ -143,9 +149,16 @@ def merge_runs(paths: Sequence[Path], grid: Grid, writer: ObservationWriter) -> 
         The number of observations left out because they lie beyond d_min in the
         reference cell.
     """
+    if not paths:
+        return 0
+    slabs = sorted_slabs(paths)
     n_beyond = 0
-    for slab in sorted_slabs(paths) if paths else ():
-        rows = within_limit(slab, grid)
-        n_beyond += len(slab) - len(rows)
-        writer.append(observation_columns(rows, grid))
+    # one thread sorts the next slab while this one is written
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, slabs, None)
+        while (slab := following.result()) is not None:
+            following = pool.submit(next, slabs, None)
+            columns = observation_columns(slab, grid)
+            n_beyond += len(slab) - len(columns["id"])
+            writer.append(columns)
     return n_beyond
