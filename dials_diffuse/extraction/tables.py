@@ -197,24 +197,28 @@ def panel_arrays(
         n_threads: Threads to use; numpy lets them run side by side.
     """
     e = np.empty((3, *good.shape), dtype=np.float32)
-    weight = np.empty(good.shape)
+    exact = np.empty(good.shape)
+    weight = np.empty(good.shape, dtype=np.int32)
     parallax = directions.ParallaxShift(panel)
 
-    def fill(rows: slice) -> None:
+    def fill(rows: slice) -> float:
         position = directions.lab_coordinates(panel, rows)
         ray = position
         if not parallax.is_zero:
             ray = directions.lab_coordinates(panel, rows, parallax.rows(rows))
         ray = ray / corrections.length(ray)
         e[:, rows] = ray
-        weight[rows] = normalisation(panel, beam, position, ray, settings)
+        exact[rows] = normalisation(panel, beam, position, ray, settings)
+        return float(exact[rows].max())
 
+    def to_integers(rows: slice) -> None:
+        weight[rows] = np.rint(exact[rows] / unit) * good[rows]
+
+    chunks = list(directions.row_chunks(good.shape))
     with concurrent.futures.ThreadPoolExecutor(n_threads) as pool:
-        for _ in pool.map(fill, directions.row_chunks(good.shape)):
-            pass  # raises what a thread raised
-    unit = float(weight.max()) / MAX_WEIGHT
-    weight *= good / unit
-    return PanelArrays(e, np.rint(weight, out=weight).astype(np.int32), unit)
+        unit = max(pool.map(fill, chunks)) / MAX_WEIGHT
+        list(pool.map(to_integers, chunks))  # raises what a thread raised
+    return PanelArrays(e, weight, unit)
 
 
 @dataclasses.dataclass(frozen=True)

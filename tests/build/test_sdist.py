@@ -83,3 +83,54 @@ def test_sdist_installs(sdist, tmp_path):
     commands = (ROOT / "command_line").glob("diffuse_*.py")
     scripts = (target / "bin").glob("dials.diffuse_*")
     assert {p.name for p in scripts} == {f"dials.{p.stem}" for p in commands}
+
+
+@pytest.mark.slow
+def test_plain_scons_builds(sdist, tmp_path):
+    """The SConscript by itself, without pip: the extension imports."""
+    shutil.copytree(sdist, tmp_path / "checkout")
+    scons = shutil.which("scons")
+    if scons is None:
+        pytest.skip("scons is not on PATH")
+    subprocess.run(
+        [scons, "-Q", f"python={sys.executable}"],
+        cwd=tmp_path / "checkout",
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    library = tmp_path / "checkout" / "build" / "lib"
+    (extension,) = library.glob("dials_diffuse_ext*.so")
+    result = subprocess.run(
+        [sys.executable, "-c", "import dials_diffuse_ext as e; print(e.__file__)"],
+        env={**os.environ, "PYTHONPATH": str(library)},
+        cwd=tmp_path,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert result.stdout.strip() == str(extension)
+
+
+@pytest.mark.slow
+def test_libtbx_builds(sdist, tmp_path):
+    """As a module of a libtbx build: the dispatcher comes out and runs."""
+    if shutil.which("libtbx.configure") is None:
+        pytest.skip("libtbx.configure is not on PATH")
+    shutil.copytree(sdist, tmp_path / "modules" / "dials_diffuse")
+    build = tmp_path / "build"
+    build.mkdir()
+    # the programs of the system, not of the virtual environment of these tests
+    environment = {**os.environ, "PATH": "/usr/bin:/bin"}
+    for command in (["libtbx.configure", "dials_diffuse"], ["libtbx.scons", "-j2"]):
+        subprocess.run(
+            command, cwd=build, env=environment, check=True, capture_output=True
+        )
+    result = subprocess.run(
+        [build / "bin" / "dials.diffuse_extract", "-h"],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "voxels of reciprocal space" in result.stdout

@@ -502,11 +502,18 @@ def test_command_in_a_process(stills):
     assert files(Path.cwd()) == before
 
 
-@pytest.mark.parametrize("arg", ["-h", "-c"])
-def test_help(arg):
-    result = command(arg)
+@pytest.mark.parametrize(
+    "args, text",
+    [
+        (["-h"], "sum of its counts"),
+        (["-c"], "ndiv"),
+        (["-c", "-e2", "-a2"], "Temperature of the gas in K."),
+    ],
+)
+def test_help(args, text):
+    result = command(*args)
     assert result.returncode == 0
-    assert "diffuse" in result.stdout if arg == "-h" else "ndiv" in result.stdout
+    assert text in " ".join(result.stdout.split())
 
 
 @pytest.mark.parametrize("n_bytes", [700, 0])
