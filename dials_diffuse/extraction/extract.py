@@ -219,37 +219,17 @@ def extract(
     Raises:
         ValueError: An image cannot be read, or no pixel is left.
     """
-    blocks = make_blocks(experiments, settings.block_width)
-    n_processes = min(settings.nproc, len(blocks))
     path = Path(path)
     with tempfile.TemporaryDirectory(
         prefix=f"{path.name}.", suffix=".runs", dir=path.parent
     ) as folder:
-        keys = table_keys(experiments)
-        job = Job(
-            experiments=experiments,
-            keys=keys,
-            first={key: i for i, key in reversed(list(enumerate(keys)))},
-            blocks=tuple(blocks),
-            grid=grid,
-            settings=settings,
-            folder=Path(folder),
-            n_threads=max(1, settings.nproc // n_processes),
-            compared=stills_to_compare(experiments, grid),
-            stop=FORK.Event(),
-        )
+        job, n_processes = make_job(experiments, grid, settings, Path(folder))
         results = _run_tasks(job, n_processes)
         identifiers = {i: e.identifier for i, e in enumerate(experiments)}
         with ObservationWriter(path, grid, identifiers, phil, inputs) as writer:
             paths = [path for result in results for path in result.paths]
             n_beyond = merge_runs(paths, grid, writer)
-    _report(results, len(blocks), writer.n_rows)
-    if n_beyond:
-        logger.info(
-            "%d observations beyond d_min in the reference cell were left out: their "
-            "crystals have larger cells",
-            n_beyond,
-        )
+    _report(results, len(job.blocks), writer.n_rows, n_beyond)
     log_settings(
         check_settings({k: v for r in results for k, v in r.contrasts.items()}, grid)
     )
@@ -261,7 +241,34 @@ def extract(
     return writer.n_rows
 
 
-def _report(results: Sequence[TaskResult], n_blocks: int, n_rows: int) -> None:
+def make_job(
+    experiments: ExperimentList, grid: Grid, settings: ExtractionSettings, folder: Path
+) -> tuple[Job, int]:
+    """The job and the number of processes for it.
+
+    Processes that would have no block become threads.
+    """
+    keys = table_keys(experiments)
+    blocks = make_blocks(experiments, settings.block_width)
+    n_processes = min(settings.nproc, len(blocks))
+    job = Job(
+        experiments=experiments,
+        keys=keys,
+        first={key: i for i, key in reversed(list(enumerate(keys)))},
+        blocks=tuple(blocks),
+        grid=grid,
+        settings=settings,
+        folder=folder,
+        n_threads=max(1, settings.nproc // n_processes),
+        compared=stills_to_compare(experiments, grid),
+        stop=FORK.Event(),
+    )
+    return job, n_processes
+
+
+def _report(
+    results: Sequence[TaskResult], n_blocks: int, n_rows: int, n_beyond: int
+) -> None:
     """Log what was done."""
     n_pixels = sum(result.n_pixels for result in results)
     logger.info(
@@ -275,3 +282,9 @@ def _report(results: Sequence[TaskResult], n_blocks: int, n_rows: int) -> None:
     logger.info(
         "%d observations of voxels, %.1f pixels each", n_rows, n_pixels / max(n_rows, 1)
     )
+    if n_beyond:
+        logger.info(
+            "%d observations beyond d_min in the reference cell were left out: their "
+            "crystals have larger cells",
+            n_beyond,
+        )

@@ -167,6 +167,64 @@ def link(pairs: Pairs, n_experiments: int) -> tuple[Pairs, np.ndarray]:
     return pairs, group
 
 
+class ProfileLikelihood:
+    """Minus the logarithm of the likelihood of scales, its gradient and curvature.
+
+    The argument is x = θ/error with θ = log k and error = 1/sqrt(photons), about that of
+    θ: in units of it the curvature is about 1.
+
+    Args:
+        pairs: Of linked experiments; all numbers of voxels and experiments occur.
+    """
+
+    def __init__(self, pairs: Pairs) -> None:
+        shape = (int(pairs.voxel.max()) + 1, int(pairs.experiment.max()) + 1)
+        self.weight = sparse.csr_matrix(
+            (pairs.weight, (pairs.voxel, pairs.experiment)), shape
+        )
+        self._transposed = self.weight.T.tocsr()
+        self.photons = np.bincount(pairs.experiment, pairs.photons)
+        self._total = np.bincount(pairs.voxel, pairs.photons)
+        self.error = 1 / np.sqrt(self.photons)
+        # Chains of experiments need many steps: a sparse matrix for them is small.
+        fill = np.sum(np.diff(self.weight.indptr) ** 2.0)
+        self._explicit = fill < MAX_FILL * self.weight.nnz
+        self._known: dict[bytes, sparse.spmatrix | LinearOperator] = {}
+
+    def start(self) -> np.ndarray:
+        """Scales by the ratio of counts, for experiments that are all alike."""
+        expected = self.weight @ np.ones(len(self.photons))
+        k = self.photons / (self._transposed @ (self._total / expected))
+        return np.log(k) / self.error
+
+    def __call__(self, x: np.ndarray) -> tuple[float, np.ndarray]:
+        """The value and the gradient."""
+        k = np.exp(x * self.error)
+        expected = self.weight @ k
+        gradient = k * (self._transposed @ (self._total / expected)) - self.photons
+        value = self._total @ np.log(expected) - self.photons @ (x * self.error)
+        return value, gradient * self.error
+
+    def curvature(self, x: np.ndarray, p: np.ndarray) -> np.ndarray:
+        """The matrix of second derivatives at x, times p."""
+        if x.tobytes() not in self._known:
+            self._known = {x.tobytes(): self._matrix(x)}
+        return self._known[x.tobytes()] @ p
+
+    def _matrix(self, x: np.ndarray) -> sparse.spmatrix | LinearOperator:
+        k = np.exp(x * self.error)
+        expected = self.weight @ k
+        slope = k * self.error**2 * (self._transposed @ (self._total / expected))
+        scaled = sparse.diags(np.sqrt(self._total) / expected) @ self.weight
+        scaled = scaled @ sparse.diags(k * self.error)
+        if self._explicit:
+            return (sparse.diags(slope) - scaled.T @ scaled).tocsr()
+        mates = scaled.T.tocsr()
+        return LinearOperator(
+            (len(k), len(k)), matvec=lambda p: slope * p - mates @ (scaled @ p)
+        )
+
+
 def maximise_likelihood(pairs: Pairs) -> np.ndarray:
     """θ = log k of each experiment, up to one constant for each group.
 
@@ -176,64 +234,27 @@ def maximise_likelihood(pairs: Pairs) -> np.ndarray:
     Args:
         pairs: Of linked experiments; all numbers of voxels and experiments occur.
     """
-    shape = (int(pairs.voxel.max()) + 1, int(pairs.experiment.max()) + 1)
-    weight = sparse.csr_matrix((pairs.weight, (pairs.voxel, pairs.experiment)), shape)
-    transposed = weight.T.tocsr()
-    photons = np.bincount(pairs.experiment, pairs.photons)
-    total = np.bincount(pairs.voxel, pairs.photons)
-    # The error of θ is about 1/sqrt(photons): in units of it the curvature is about 1.
-    error = 1 / np.sqrt(photons)
-
-    def minus_log_likelihood(x: np.ndarray) -> tuple[float, np.ndarray]:
-        k = np.exp(x * error)
-        expected = weight @ k
-        gradient = k * (transposed @ (total / expected)) - photons
-        return total @ np.log(expected) - photons @ (x * error), gradient * error
-
-    # Chains of experiments need many steps: a sparse matrix for them is small.
-    explicit = np.sum(np.diff(weight.indptr) ** 2.0) < MAX_FILL * weight.nnz
-    known: dict[bytes, sparse.spmatrix | LinearOperator] = {}
-
-    def curvature(x: np.ndarray, p: np.ndarray) -> np.ndarray:
-        if x.tobytes() not in known:
-            known.clear()
-            known[x.tobytes()] = curvature_matrix(x)
-        return known[x.tobytes()] @ p
-
-    def curvature_matrix(x: np.ndarray) -> sparse.spmatrix | LinearOperator:
-        k = np.exp(x * error)
-        expected = weight @ k
-        slope = k * error**2 * (transposed @ (total / expected))
-        scaled = sparse.diags(np.sqrt(total) / expected) @ weight
-        scaled = scaled @ sparse.diags(k * error)
-        if explicit:
-            return (sparse.diags(slope) - scaled.T @ scaled).tocsr()
-        mates = scaled.T.tocsr()
-        return LinearOperator(
-            (len(k), len(k)), matvec=lambda p: slope * p - mates @ (scaled @ p)
-        )
-
-    start = photons / (transposed @ (total / (weight @ np.ones(shape[1]))))
+    likelihood = ProfileLikelihood(pairs)
     with np.errstate(over="ignore", invalid="ignore"):  # of steps too long, not taken
         result = optimize.minimize(
-            minus_log_likelihood,
-            np.log(start) / error,
+            likelihood,
+            likelihood.start(),
             method="Newton-CG",
             jac=True,
-            hessp=curvature,
+            hessp=likelihood.curvature,
             options={"maxiter": MAX_CYCLES, "xtol": 1e-5},
         )
-    misfit = np.max(np.abs(minus_log_likelihood(result.x)[1]) * error)
+    misfit = np.max(np.abs(likelihood(result.x)[1]) * likelihood.error)
     # The line search may find no better value at the limit of the precision.
     if not (result.success or misfit < CONVERGED):
         logger.warning(
             "Warning: the scales of %d experiments did not converge in %d cycles; "
             "observed and expected photons differ by up to %.2g%%",
-            shape[1],
+            len(likelihood.photons),
             result.nit,
             100 * misfit,
         )
-    return result.x * error
+    return result.x * likelihood.error
 
 
 def collect_pairs(
