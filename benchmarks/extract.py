@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--images", default=100, type=int)
     parser.add_argument("--ndiv", default=3, type=int, help="for the speed")
     parser.add_argument("--large-ndiv", default=6, type=int, help="for the memory")
-    parser.add_argument("--repeat", default=3, type=int, help="the median is shown")
+    parser.add_argument("--repeat", default=5, type=int, help="the median is shown")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     folder = options.folder.resolve()

@@ -47,6 +47,19 @@ def sdist(tmp_path_factory):
     return unpacked
 
 
+def imported_extension(folder: Path, cwd: Path) -> Path:
+    """The extension that a new interpreter imports with a folder on its path."""
+    result = subprocess.run(
+        [sys.executable, "-c", "import dials_diffuse_ext as e; print(e.__file__)"],
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        cwd=cwd,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return Path(result.stdout.strip())
+
+
 def test_sdist_is_complete(sdist):
     expected = {Path(name) for name in BUILD_FILES}
     for folder in SOURCE_FOLDERS:
@@ -71,15 +84,7 @@ def test_sdist_installs(sdist, tmp_path):
         + ["--no-build-isolation", f"--target={target}", str(sdist)],
         check=True,
     )
-    result = subprocess.run(
-        [sys.executable, "-c", "import dials_diffuse_ext as e; print(e.__file__)"],
-        env={**os.environ, "PYTHONPATH": str(target)},
-        cwd=tmp_path,
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert Path(result.stdout.strip()).parent == target
+    assert imported_extension(target, tmp_path).parent == target
     commands = (ROOT / "command_line").glob("diffuse_*.py")
     scripts = (target / "bin").glob("dials.diffuse_*")
     assert {p.name for p in scripts} == {f"dials.{p.stem}" for p in commands}
@@ -100,15 +105,7 @@ def test_plain_scons_builds(sdist, tmp_path):
     )
     library = tmp_path / "checkout" / "build" / "lib"
     (extension,) = library.glob("dials_diffuse_ext*.so")
-    result = subprocess.run(
-        [sys.executable, "-c", "import dials_diffuse_ext as e; print(e.__file__)"],
-        env={**os.environ, "PYTHONPATH": str(library)},
-        cwd=tmp_path,
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert result.stdout.strip() == str(extension)
+    assert imported_extension(library, tmp_path) == extension
 
 
 @pytest.mark.slow
