@@ -23,7 +23,8 @@ OFF = CorrectionSettings(
 
 
 def positions(panel: Panel) -> np.ndarray:
-    return directions.lab_coordinates(panel, slice(0, panel.get_image_size()[1]))
+    fast, slow = map(np.arange, panel.get_image_size())
+    return directions.lab_coordinates(panel, fast, slow, parallax=False)
 
 
 def unit(r: np.ndarray) -> np.ndarray:

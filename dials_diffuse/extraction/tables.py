@@ -23,10 +23,13 @@ import dials_diffuse_ext as ext
 from dials_diffuse import corrections
 from dials_diffuse.extraction.settings import CorrectionSettings, ExtractionSettings
 from dials_diffuse.geometry import directions
+from dials_diffuse.geometry.interpolation import PixelInterpolation, row_chunks
 from dials_diffuse.util.compat import inclusive_trusted_range
 
 # The sum of 2^23 pixels in one voxel and block is still exact in double precision.
 MAX_WEIGHT = 2**30
+TOLERANCE_PX = 1e-4  # about the rounding of a direction in single precision
+TOLERANCE_NORMALISATION = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +184,57 @@ class PanelArrays:
     weight_unit: float
 
 
+def direction_and_normalisation(
+    panel: Panel,
+    beam: Beam,
+    settings: CorrectionSettings,
+    fast: np.ndarray,
+    slow: np.ndarray,
+) -> np.ndarray:
+    """Exact values at some pixels: e (3 components) and P · ΔΩ · ε · A_air.
+
+    Args:
+        panel, beam: The models.
+        settings: The factors of the normalisation.
+        fast, slow: Numbers of the pixels along either axis.
+
+    Returns:
+        Array of shape (4, len(slow), len(fast)).
+    """
+    position = directions.lab_coordinates(panel, fast, slow, parallax=False)
+    ray = directions.lab_coordinates(panel, fast, slow, parallax=True)
+    e = ray / corrections.length(ray)
+    weight = normalisation(panel, beam, position, e, settings)
+    return np.concatenate([e, weight[None]])
+
+
+def panel_interpolation(
+    panel: Panel, beam: Beam, settings: CorrectionSettings
+) -> PixelInterpolation:
+    """Direction and normalisation of all pixels of a panel, from those of a few.
+
+    Directions are within ``TOLERANCE_PX`` of a pixel, normalisations within
+    ``TOLERANCE_NORMALISATION`` of the largest.
+    """
+
+    def function(fast: np.ndarray, slow: np.ndarray) -> np.ndarray:
+        return direction_and_normalisation(panel, beam, settings, fast, slow)
+
+    nfast, nslow = panel.get_image_size()
+    corners = function(np.array([0, nfast - 1]), np.array([0, nslow - 1]))
+    farthest = max(
+        np.linalg.norm(panel.get_pixel_lab_coord((x, y)))
+        for x in (0, nfast)
+        for y in (0, nslow)
+    )
+    tolerance_e = TOLERANCE_PX * min(panel.get_pixel_size()) / farthest
+    tolerance = np.array(
+        [tolerance_e] * 3 + [TOLERANCE_NORMALISATION * corners[3].max()]
+    )
+    smooth = directions.has_smooth_parallax(panel)
+    return PixelInterpolation(function, (nslow, nfast), tolerance, smooth)
+
+
 def panel_arrays(
     panel: Panel,
     beam: Beam,
@@ -194,30 +248,22 @@ def panel_arrays(
         panel, beam: The models.
         good: Mask, True for good pixels, shape (n_slow, n_fast).
         settings: The factors of the normalisation.
-        n_threads: Threads to use; numpy lets them run side by side.
+        n_threads: Threads to use; numpy and scipy let them run side by side.
     """
+    exact = panel_interpolation(panel, beam, settings)
+    unit = float(exact.values[3].max()) / MAX_WEIGHT
+    exact.set_scale(np.array([1.0, 1.0, 1.0, 1.0 / unit]))
     e = np.empty((3, *good.shape), dtype=np.float32)
-    exact = np.empty(good.shape)
     weight = np.empty(good.shape, dtype=np.int32)
-    parallax = directions.ParallaxShift(panel)
 
-    def fill(rows: slice) -> float:
-        position = directions.lab_coordinates(panel, rows)
-        ray = position
-        if not parallax.is_zero:
-            ray = directions.lab_coordinates(panel, rows, parallax.rows(rows))
-        ray = ray / corrections.length(ray)
-        e[:, rows] = ray
-        exact[rows] = normalisation(panel, beam, position, ray, settings)
-        return float(exact[rows].max())
+    def fill(rows: slice) -> None:
+        values = exact.rows(rows)
+        e[:, rows] = values[:3]
+        weight[rows] = np.rint(values[3]) * good[rows]
 
-    def to_integers(rows: slice) -> None:
-        weight[rows] = np.rint(exact[rows] / unit) * good[rows]
-
-    chunks = list(directions.row_chunks(good.shape))
     with concurrent.futures.ThreadPoolExecutor(n_threads) as pool:
-        unit = max(pool.map(fill, chunks)) / MAX_WEIGHT
-        list(pool.map(to_integers, chunks))  # raises what a thread raised
+        # list() raises what a thread raised
+        list(pool.map(fill, row_chunks(good.shape)))
     return PanelArrays(e, weight, unit)
 
 

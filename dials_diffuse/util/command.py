@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import threading
-from typing import Any, Iterator, NoReturn, Sequence
+from typing import Any, Callable, Iterator, NoReturn, Sequence
 
 import h5py
 
@@ -108,7 +108,7 @@ def ends_by_signal() -> Iterator[None]:
     in_main_thread = threading.current_thread() is threading.main_thread()
     own = in_main_thread and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     if own:
-        signal.signal(signal.SIGTERM, _raise_terminated)
+        signal.signal(signal.SIGTERM, _handler_of(os.getpid()))
     try:
         yield
     except (KeyboardInterrupt, _Terminated) as e:
@@ -124,8 +124,18 @@ class _Terminated(BaseException):
     """SIGTERM has come."""
 
 
-def _raise_terminated(*_: Any) -> NoReturn:
-    raise _Terminated
+def _handler_of(owner: int) -> Callable[..., None]:
+    """A handler that raises in the process that has set it.
+
+    Workers inherit it by fork; one that the parent ends must go without a word.
+    """
+
+    def handle(*_: Any) -> None:
+        if os.getpid() != owner:
+            os._exit(128 + signal.SIGTERM)
+        raise _Terminated
+
+    return handle
 
 
 def start_log(params: Any, options: Any) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
 import time
@@ -120,3 +121,15 @@ def test_handler_of_another_program_stays():
             assert signal.getsignal(signal.SIGTERM) is mine
     finally:
         signal.signal(signal.SIGTERM, old)
+
+
+def test_worker_ended_by_its_parent_says_nothing(capfd):
+    """A pool that has lost a worker ends the others by SIGTERM."""
+    fork = multiprocessing.get_context("fork")
+    with ends_by_signal():
+        worker = fork.Process(target=time.sleep, args=(30,))
+        worker.start()
+        worker.terminate()
+        worker.join()
+    assert worker.exitcode != 0
+    assert capfd.readouterr() == ("", "")
