@@ -1,0 +1,1 @@
+"""Diffraction images of a crystal whose diffuse scattering is known exactly."""
