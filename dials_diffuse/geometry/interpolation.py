@@ -27,7 +27,9 @@ def nodes(n: int, step: int) -> np.ndarray:
 
     At least ``N_POINTS`` of them, or all.
     """
-    return np.unique(np.append(np.arange(0, n, min(step, max(1, n // N_POINTS))), n - 1))
+    return np.unique(
+        np.append(np.arange(0, n, min(step, max(1, n // N_POINTS))), n - 1)
+    )
 
 
 def lagrange_matrix(n: int, at: np.ndarray) -> scipy.sparse.csr_matrix:
