@@ -26,9 +26,18 @@ from typing import Any, Iterator, Mapping, Sequence
 import h5py
 import numpy as np
 
-from cctbx import sgtbx
-
 from dials_diffuse.grid import Grid
+from dials_diffuse.io.nexus import (
+    COMPRESSION,
+    ENTRY,
+    describe,
+    make_box,
+    make_entry,
+    make_map_groups,
+    nexus_group,
+    write_box,
+    write_sample,
+)
 from dials_diffuse.io.observations import (
     ROOT,
     Column,
@@ -40,12 +49,8 @@ from dials_diffuse.io.observations import (
 from dials_diffuse.util.hdf5 import HDF5Input, HDF5Output
 
 SCHEMA = 1
-ENTRY = "entry"
 INTENSITY = "photons/(s.sr)"
 ASU_CHUNK = 1 << 16
-BOX_CHUNK = 32
-# Fast compression: higher levels take longer and save little on noisy data.
-COMPRESSION = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
 
 SUM_COLUMNS: dict[str, Column] = {
     "counts": Column("float64", 1, "photons", "sum of the counts N"),
@@ -144,26 +149,26 @@ class MapWriter:
         self.grid = grid
         self.n_voxels = 0
         self._output = HDF5Output(path)
-        root = self._output.file
-        root.attrs["default"] = ENTRY
-        root.attrs["NX_class"] = "NXroot"
-        self._entry = _nexus_group(root, ENTRY, "NXentry")
-        self._entry.attrs["default"] = "map"
-        self._entry["title"] = "Diffuse scattering map"
+        self._entry = make_entry(self._output.file, "Diffuse scattering map")
         write_provenance(self._entry, "dials.diffuse_merge", phil, list(inputs))
         self._entry[ROOT].attrs["schema"] = SCHEMA
         write_grid(self._entry[ROOT], grid)
-        self._write_sample()
-        experiments = _nexus_group(self._entry, "experiments", "NXcollection")
+        write_sample(self._entry, grid)
+        experiments = nexus_group(self._entry, "experiments", "NXcollection")
         experiments.create_dataset(
             "identifiers", data=list(identifiers), dtype=h5py.string_dtype()
         )
-        self._asu = _nexus_group(self._entry, "asu", "NXcollection")
+        self._asu = nexus_group(self._entry, "asu", "NXcollection")
         for half in ("half_1", "half_2"):
-            _nexus_group(self._asu, half, "NXcollection")
+            nexus_group(self._asu, half, "NXcollection")
         for name, column in ASU_COLUMNS.items():
             _make_column(self._asu, name, column)
-        self._make_box_groups()
+        titles = (
+            ("map", "Diffuse scattering map"),
+            ("half_1", "Half 1 of the observations"),
+            ("half_2", "Half 2 of the observations"),
+        )
+        make_map_groups(self._entry, grid, titles)
 
     def append(self, columns: Mapping[str, np.ndarray]) -> None:
         """Append unique voxels to the list, with some of ``ASU_COLUMNS``.
@@ -199,75 +204,19 @@ class MapWriter:
             numbers: Which of them each voxel has, of the shape of the grid.
         """
         dtype, fill, units, meaning = BOXES[name]
-        dataset = self._entry.create_dataset(
-            name,
-            shape=numbers.shape,
-            dtype=dtype,
-            chunks=tuple(min(BOX_CHUNK, n) for n in numbers.shape),
-            fillvalue=fill,
-            **COMPRESSION,
-        )
-        _describe(dataset, units, meaning)
-        for start in range(0, len(numbers), dataset.chunks[0]):
-            planes = slice(start, start + dataset.chunks[0])
-            dataset[planes] = values[numbers[planes]]
-            self._output.check()
+        dataset = make_box(self._entry, name, numbers.shape, dtype, fill)
+        describe(dataset, units, meaning)
+        write_box(dataset, values, numbers, self._output.check)
 
     def write_table(self, name: str, columns: Mapping[str, np.ndarray]) -> None:
         """Write one of ``TABLES``, with all of its columns."""
         table = TABLES[name]
-        group = _nexus_group(self._entry, name, "NXdata")
+        group = nexus_group(self._entry, name, "NXdata")
         group.attrs["signal"] = table.signal
         group.attrs["axes"] = ["s"]
         for key, column in table.columns.items():
             dataset = group.create_dataset(key, data=columns[key], dtype=column.dtype)
-            _describe(dataset, column.units, column.meaning)
-
-    def _write_sample(self) -> None:
-        """The cell and the symmetry, in the terms of NXsample."""
-        sample = _nexus_group(self._entry, "sample", "NXsample")
-        cell = self.grid.cell
-        basis = np.array(cell.fractionalization_matrix()).reshape(3, 3).T
-        for name, value, units, meaning in (
-            ("unit_cell_abc", self.grid.unit_cell[:3], "angstrom", "a, b, c"),
-            (
-                "unit_cell_alphabetagamma",
-                self.grid.unit_cell[3:],
-                "degree",
-                "alpha, beta, gamma",
-            ),
-            ("unit_cell_volume", cell.volume(), "angstrom^3", "volume of the cell"),
-            (
-                "reciprocal_basis",
-                basis,
-                "1/angstrom",
-                "a*, b*, c* in the columns; a along x, b in the xy plane",
-            ),
-        ):
-            _describe(sample.create_dataset(name, data=value), units, meaning)
-        group = sgtbx.space_group(self.grid.space_group)
-        sample["space_group"] = group.type().lookup_symbol()
-        sample["hall_symbol"] = self.grid.space_group
-        sample["laue_group"] = str(self.grid.laue_group.info())
-
-    def _make_box_groups(self) -> None:
-        """The NXdata groups of the dense arrays, with their axes."""
-        for name, title in (
-            ("map", "Diffuse scattering map"),
-            ("half_1", "Half 1 of the observations"),
-            ("half_2", "Half 2 of the observations"),
-        ):
-            group = _nexus_group(self._entry, name, "NXdata")
-            group.attrs["signal"] = "intensity"
-            group.attrs["axes"] = ["h", "k", "l"]
-            for i, (axis, values) in enumerate(zip("hkl", self.grid.axes())):
-                group.attrs[f"{axis}_indices"] = i
-                if name == "map":
-                    dataset = group.create_dataset(axis, data=values)
-                    _describe(dataset, "r.l.u.", f"Miller index {axis}")
-                else:
-                    group[axis] = self._entry[f"map/{axis}"]
-            group["title"] = title
+            describe(dataset, column.units, column.meaning)
 
     def close(self) -> None:
         """Close the file.
@@ -389,13 +338,6 @@ def read_map(
         return VoxelList(handle.grid, handle.columns(names))
 
 
-def _nexus_group(parent: h5py.Group, name: str, nx_class: str) -> h5py.Group:
-    """A new group of a NeXus class."""
-    group = parent.create_group(name)
-    group.attrs["NX_class"] = nx_class
-    return group
-
-
 def _make_column(group: h5py.Group, name: str, column: Column) -> None:
     """An empty column that can grow."""
     shape = (0,) if column.width == 1 else (0, column.width)
@@ -407,10 +349,4 @@ def _make_column(group: h5py.Group, name: str, column: Column) -> None:
         dtype=column.dtype,
         **COMPRESSION,
     )
-    _describe(dataset, column.units, column.meaning)
-
-
-def _describe(dataset: h5py.Dataset, units: str, meaning: str) -> None:
-    """Say what a dataset holds, and in which unit."""
-    dataset.attrs["units"] = units
-    dataset.attrs["long_name"] = meaning
+    describe(dataset, column.units, column.meaning)

@@ -1,0 +1,129 @@
+"""The NeXus forms that our maps share."""
+
+from __future__ import annotations
+
+from typing import Callable, Iterable
+
+import h5py
+import numpy as np
+
+from cctbx import sgtbx
+
+from dials_diffuse.grid import Grid
+
+ENTRY = "entry"
+BOX_CHUNK = 32
+# Fast compression: higher levels take longer and save little on noisy data.
+COMPRESSION = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
+
+
+def nexus_group(parent: h5py.Group, name: str, nx_class: str) -> h5py.Group:
+    """A new group of a NeXus class."""
+    group = parent.create_group(name)
+    group.attrs["NX_class"] = nx_class
+    return group
+
+
+def describe(dataset: h5py.Dataset, units: str, meaning: str) -> None:
+    """Say what a dataset holds, and in which unit."""
+    dataset.attrs["units"] = units
+    dataset.attrs["long_name"] = meaning
+
+
+def make_entry(root: h5py.File, title: str) -> h5py.Group:
+    """The entry of a file whose default plot is the group ``map``."""
+    root.attrs["default"] = ENTRY
+    root.attrs["NX_class"] = "NXroot"
+    entry = nexus_group(root, ENTRY, "NXentry")
+    entry.attrs["default"] = "map"
+    entry["title"] = title
+    return entry
+
+
+def write_sample(entry: h5py.Group, grid: Grid) -> h5py.Group:
+    """The cell and the symmetry of a grid, in the terms of NXsample."""
+    sample = nexus_group(entry, "sample", "NXsample")
+    cell = grid.cell
+    basis = np.array(cell.fractionalization_matrix()).reshape(3, 3).T
+    for name, value, units, meaning in (
+        ("unit_cell_abc", grid.unit_cell[:3], "angstrom", "a, b, c"),
+        (
+            "unit_cell_alphabetagamma",
+            grid.unit_cell[3:],
+            "degree",
+            "alpha, beta, gamma",
+        ),
+        ("unit_cell_volume", cell.volume(), "angstrom^3", "volume of the cell"),
+        (
+            "reciprocal_basis",
+            basis,
+            "1/angstrom",
+            "a*, b*, c* in the columns; a along x, b in the xy plane",
+        ),
+    ):
+        describe(sample.create_dataset(name, data=value), units, meaning)
+    group = sgtbx.space_group(grid.space_group)
+    sample["space_group"] = group.type().lookup_symbol()
+    sample["hall_symbol"] = grid.space_group
+    sample["laue_group"] = str(grid.laue_group.info())
+    return sample
+
+
+def make_map_groups(
+    entry: h5py.Group, grid: Grid, titles: Iterable[tuple[str, str]]
+) -> None:
+    """NXdata groups of dense arrays on the axes h, k, l of a grid.
+
+    Args:
+        entry: Where to make them.
+        grid: The grid.
+        titles: Names and titles; the others share the axes of the first.
+    """
+    first = None
+    for name, title in titles:
+        group = nexus_group(entry, name, "NXdata")
+        group.attrs["signal"] = "intensity"
+        group.attrs["axes"] = ["h", "k", "l"]
+        for i, (axis, values) in enumerate(zip("hkl", grid.axes())):
+            group.attrs[f"{axis}_indices"] = i
+            if first is None:
+                dataset = group.create_dataset(axis, data=values)
+                describe(dataset, "r.l.u.", f"Miller index {axis}")
+            else:
+                group[axis] = first[axis]
+        group["title"] = title
+        first = first or group
+
+
+def write_box(
+    dataset: h5py.Dataset,
+    values: np.ndarray,
+    numbers: np.ndarray,
+    check: Callable[[], None],
+) -> None:
+    """Fill a dense array from the values of the unique voxels.
+
+    Args:
+        dataset: The array, of the shape of the grid.
+        values: The values that occur in it, shape (n,).
+        numbers: Which of them each voxel has, of the shape of the grid.
+        check: Called after each part, to find out whether the disk is full.
+    """
+    for start in range(0, len(numbers), dataset.chunks[0]):
+        planes = slice(start, start + dataset.chunks[0])
+        dataset[planes] = values[numbers[planes]]
+        check()
+
+
+def make_box(
+    entry: h5py.Group, name: str, shape: tuple[int, ...], dtype: str, fill: float
+) -> h5py.Dataset:
+    """An empty dense array in compressed chunks."""
+    return entry.create_dataset(
+        name,
+        shape=shape,
+        dtype=dtype,
+        chunks=tuple(min(BOX_CHUNK, n) for n in shape),
+        fillvalue=fill,
+        **COMPRESSION,
+    )
