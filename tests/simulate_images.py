@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Callable, Sequence
 
-import h5py
 import numpy as np
 from scipy.spatial.transform import Rotation
 
@@ -32,6 +31,8 @@ from dxtbx.model import (
 )
 from dxtbx.model.experiment_list import ExperimentList, ExperimentListFactory
 from scitbx.array_family import flex
+
+from dials_diffuse.io.images import write_nexus as write_nxmx
 
 CELLS = {
     "P 1": (23.0, 27.0, 31.0, 82.0, 97.0, 104.0),
@@ -262,83 +263,14 @@ def write_nexus(
     path: Path, images: Sequence[np.ndarray], bad: np.ndarray, width: float = 0.5
 ) -> Path:
     """Write a sweep as one NXmx file; ``bad`` marks the pixels of its pixel mask."""
-    ny, nx = images[0].shape
-
-    def group(parent: h5py.Group, name: str, nx_class: str) -> h5py.Group:
-        result = parent.create_group(name)
-        result.attrs["NX_class"] = nx_class
-        return result
-
-    def axis(parent, name, value, kind, units, vector, depends_on, **offset) -> None:
-        item = parent.create_dataset(name, data=value)
-        item.attrs.update(
-            {
-                "transformation_type": kind,
-                "units": units,
-                "vector": np.array(vector, dtype=float),
-                "depends_on": depends_on,
-                **offset,
-            }
-        )
-
-    with h5py.File(path, "w") as f:
-        entry = group(f, "entry", "NXentry")
-        entry["definition"] = "NXmx"
-        entry["start_time"] = "2021-09-10T06:54:37Z"
-        group(entry, "source", "NXsource")["name"] = "source"
-        instrument = group(entry, "instrument", "NXinstrument")
-        instrument["name"] = "instrument"
-        beam = group(instrument, "beam", "NXbeam")
-        beam["incident_wavelength"] = 1.0
-        beam["incident_wavelength"].attrs["units"] = "angstrom"
-        detector = group(instrument, "detector", "NXdetector")
-        detector["count_time"] = 0.1
-        detector["saturation_value"] = int(MAX_COUNT)
-        detector["type"] = "Pixel"
-        detector["sensor_material"] = "Silicon"
-        detector["sensor_thickness"] = 0.00045
-        detector["sensor_thickness"].attrs["units"] = "m"
-        detector["depends_on"] = "/entry/instrument/detector/transformations/z"
-        detector["beam_center_x"] = nx / 2
-        detector["beam_center_y"] = ny / 2
-        detector["pixel_mask"] = bad.astype(np.uint32)
-        at = group(detector, "transformations", "NXtransformations")
-        axis(at, "z", 20.0, "translation", "mm", (0, 0, 1), ".")
-        module = group(detector, "module", "NXdetector_module")
-        module["data_origin"] = np.array([0, 0])
-        module["data_size"] = np.array([ny, nx])
-        corner = np.array([nx / 2 * 3e-4, ny / 2 * 3e-4, 0])
-        axis(
-            module,
-            "module_offset",
-            0.0,
-            "translation",
-            "m",
-            (1, 0, 0),
-            detector["depends_on"][()].decode(),
-            offset=corner,
-            offset_units="m",
-        )
-        for name, vector in (("fast", (-1, 0, 0)), ("slow", (0, -1, 0))):
-            axis(
-                module,
-                f"{name}_pixel_direction",
-                3e-4,
-                "translation",
-                "m",
-                vector,
-                module.name + "/module_offset",
-                offset=np.zeros(3),
-            )
-        sample = group(entry, "sample", "NXsample")
-        sample["name"] = "sample"
-        sample["depends_on"] = "/entry/sample/transformations/omega"
-        at = group(sample, "transformations", "NXtransformations")
-        angles = 12 + width * np.arange(len(images))
-        axis(at, "omega", angles, "rotation", "deg", (-1, 0, 0), ".")
-        data = group(entry, "data", "NXdata")
-        data.attrs["signal"] = "data"
-        data.create_dataset(
-            "data", data=np.stack(images), chunks=(1, ny, nx), compression="gzip"
-        )
+    detector, beam = cbf_models(images[0].shape[::-1])
+    detector[0].set_material("Si")
+    detector[0].set_thickness(0.45)
+    experiment = Experiment(
+        beam=beam,
+        detector=detector,
+        goniometer=GoniometerFactory.single_axis(),
+        scan=make_scan(len(images), width),
+    )
+    write_nxmx(path, experiment, [[i] for i in images], 0.1, [~bad])
     return path

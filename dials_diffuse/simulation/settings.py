@@ -13,7 +13,7 @@ import numpy as np
 
 from cctbx import sgtbx, uctbx
 
-from dials_diffuse.util.compat import available_cores
+from dials_diffuse.extraction.settings import processes, three_of
 
 Vector = tuple[float, float, float]
 
@@ -265,9 +265,7 @@ class SimulationSettings:
             n_crystals=params.n_crystals,
             noise=params.noise or "none",
             seed=params.seed,
-            nproc=params.mp.nproc
-            if isinstance(params.mp.nproc, int)
-            else available_cores(),
+            nproc=processes(params.mp.nproc),
             **scopes,
         )
 
@@ -278,6 +276,6 @@ def _from_scope(cls: type, scope: Any) -> Any:
     for field in dataclasses.fields(cls):
         value = getattr(scope, field.name)
         values[field.name] = tuple(value) if isinstance(value, list) else value
-    if "ndiv" in values and len(values["ndiv"]) == 1:
-        values["ndiv"] = values["ndiv"] * 3
+    if "ndiv" in values:
+        values["ndiv"] = three_of("grid.ndiv", values["ndiv"])
     return cls(**values)

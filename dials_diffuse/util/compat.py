@@ -8,7 +8,7 @@ import numpy as np
 
 from cctbx.array_family import flex
 from dxtbx import flumpy
-from dxtbx.model import Panel
+from dxtbx.model import Panel, Scan
 
 CONVERSION_BLOCK = 1 << 20  # Miller indices
 
@@ -57,6 +57,26 @@ def inclusive_trusted_range(panel: Panel) -> tuple[float, float]:
     if trusted_range_is_inclusive():
         return (0.0 if low == -1.0 else low), high
     return math.nextafter(low, math.inf), math.nextafter(high, -math.inf)
+
+
+def photon_counter_trusted_range(count_cutoff: int) -> tuple[float, float]:
+    """The trusted range that the formats of this dxtbx give a photon counter.
+
+    0 is trusted and -1, the value of gaps between modules, is not.
+    """
+    return (0.0 if trusted_range_is_inclusive() else -1.0), float(count_cutoff)
+
+
+def oscillation_width(scan: Scan | None) -> float | None:
+    """Rotation during each image in degrees, None if there is no scan of angles.
+
+    Scans of dxtbx 3.20 and later may be of something else than angles.
+    """
+    if scan is None:
+        return None
+    if hasattr(scan, "has_property") and not scan.has_property("oscillation"):
+        return None
+    return scan.get_oscillation()[1]
 
 
 def available_cores() -> int:

@@ -54,6 +54,16 @@ def test_gaps_between_modules_are_never_trusted():
         assert math.ceil(limits[0]) == 0
 
 
+def test_a_photon_counter_trusts_zero_but_no_gap():
+    panel = Panel()
+    panel.set_image_size((4, 1))
+    panel.set_trusted_range(compat.photon_counter_trusted_range(10))
+    data = flex.int([-1, 0, 9, 11])
+    data.reshape(flex.grid(1, 4))
+    assert list(panel.get_trusted_range_mask(data)) == [False, True, True, False]
+    assert -1 < compat.inclusive_trusted_range(panel)[0] <= 0
+
+
 def test_available_cores():
     n = compat.available_cores()
     assert isinstance(n, int)

@@ -1,0 +1,245 @@
+"""The truth of a simulation on disk: ``truth.h5``.
+
+A NeXus file like a merged map, with all that the images were made from:
+
+    /entry                  NXentry
+        map                 NXdata   intensity and its parts, means over the voxels
+        asu                 NXcollection   the same for the symmetry-unique voxels
+        isotropic           NXdata   solvent and Compton scattering against s
+        bragg               NXcollection   |F|² of the unique reflections
+        sample              NXsample   cell, symmetry, composition, scattering power
+        series_1 ...        NXcollection   scales, absorption, identifiers of each series
+        dials_diffuse       NXprocess   grid, program, version, PHIL
+
+Intensities are in electrons² per unit cell. ``scattering_power`` turns them into what
+merging finds, photons/(s.sr), where the scale of an image is one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any, Mapping, Sequence
+
+import h5py
+import numpy as np
+
+from dials_diffuse.grid import Grid
+from dials_diffuse.io.nexus import (
+    COMPRESSION,
+    ENTRY,
+    describe,
+    make_box,
+    make_entry,
+    make_map_groups,
+    nexus_group,
+    write_box,
+    write_sample,
+)
+from dials_diffuse.io.observations import (
+    ROOT,
+    check_schema,
+    read_grid,
+    write_grid,
+    write_provenance,
+)
+from dials_diffuse.util.hdf5 import HDF5Input, HDF5Output
+
+SCHEMA = 1
+ELECTRONS = "electron^2"  # per unit cell
+
+PARTS: dict[str, str] = {
+    "intensity": "All but Bragg peaks: cloud + halo + solvent + compton",
+    "cloud": "Cloudy diffuse scattering",
+    "halo": "Halos around the Bragg positions",
+    "solvent": "Bulk solvent",
+    "compton": "Compton scattering",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SeriesTruth:
+    """What is known of the images of one series.
+
+    Attributes:
+        identifiers: Of its experiments.
+        scale: Relative scale k of each image.
+        absorption: Strength a of the absorption of the sample.
+        way_out, way_in: The vectors u and v of it.
+    """
+
+    identifiers: Sequence[str]
+    scale: np.ndarray
+    absorption: float
+    way_out: np.ndarray
+    way_in: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Truth:
+    """All but the voxels.
+
+    Attributes:
+        composition: Atoms per cell.
+        scattering_power: K, photons/(s sr electron²).
+        isotropic: Columns s, solvent and compton.
+        miller_index: Unique reflections, shape (n, 3).
+        f_squared: Their |F|², electrons².
+        series: The series of images.
+    """
+
+    composition: Mapping[str, float]
+    scattering_power: float
+    isotropic: Mapping[str, np.ndarray]
+    miller_index: np.ndarray
+    f_squared: np.ndarray
+    series: Sequence[SeriesTruth]
+
+
+def write_truth(
+    path: str | os.PathLike,
+    grid: Grid,
+    index: np.ndarray,
+    parts: Mapping[str, np.ndarray],
+    numbers: np.ndarray,
+    truth: Truth,
+    phil: str = "",
+) -> None:
+    """Write a truth file.
+
+    Args:
+        path: File to make; pass the path of ``atomic_path``.
+        grid: The voxel grid.
+        index: The unique voxels, shape (n, 3).
+        parts: Their ``PARTS``, electrons² per cell.
+        numbers: Which of them each voxel of the bounding box is, -1 for none.
+        truth: The rest.
+        phil: The PHIL parameters, as text.
+    """
+    output = HDF5Output(path)
+    try:
+        entry = make_entry(output.file, "True diffuse scattering map")
+        write_provenance(entry, "dials.diffuse_simulate", phil, [])
+        entry[ROOT].attrs["schema"] = SCHEMA
+        write_grid(entry[ROOT], grid)
+        _write_sample(write_sample(entry, grid), truth)
+        asu = nexus_group(entry, "asu", "NXcollection")
+        describe(
+            asu.create_dataset("index", data=index, dtype="int32", **COMPRESSION),
+            "1",
+            "voxel index h*ndiv in the asymmetric unit",
+        )
+        make_map_groups(entry, grid, [("map", "True diffuse scattering map")])
+        for name, meaning in PARTS.items():
+            dataset = asu.create_dataset(name, data=parts[name], **COMPRESSION)
+            describe(dataset, ELECTRONS, meaning)
+            output.check()
+            box = make_box(entry, f"map/{name}", numbers.shape, "float32", np.nan)
+            describe(box, ELECTRONS, meaning)
+            # the last value is that of the voxels that have none: number -1
+            write_box(box, np.append(parts[name], np.nan), numbers, output.check)
+        _write_isotropic(nexus_group(entry, "isotropic", "NXdata"), truth)
+        _write_bragg(nexus_group(entry, "bragg", "NXcollection"), truth)
+        for number, series in enumerate(truth.series, 1):
+            group = nexus_group(entry, f"series_{number}", "NXcollection")
+            _write_series(group, series)
+        output.check()
+    finally:
+        output.close()
+
+
+def _write_sample(sample: h5py.Group, truth: Truth) -> None:
+    composition = nexus_group(sample, "composition", "NXcollection")
+    for element, n_atoms in truth.composition.items():
+        describe(
+            composition.create_dataset(element, data=float(n_atoms)),
+            "1",
+            f"{element} atoms per unit cell",
+        )
+    describe(
+        sample.create_dataset("scattering_power", data=truth.scattering_power),
+        "photons/(s.sr.electron^2)",
+        "flux x r_e^2 x illuminated cells",
+    )
+
+
+def _write_isotropic(group: h5py.Group, truth: Truth) -> None:
+    group.attrs["signal"] = "compton"
+    group.attrs["auxiliary_signals"] = ["solvent"]
+    group.attrs["axes"] = ["s"]
+    for name, values in truth.isotropic.items():
+        units = "1/angstrom" if name == "s" else ELECTRONS
+        meaning = "1/d" if name == "s" else PARTS[name]
+        describe(group.create_dataset(name, data=values), units, meaning)
+
+
+def _write_bragg(group: h5py.Group, truth: Truth) -> None:
+    index = np.asarray(truth.miller_index, dtype=np.int32)
+    dataset = group.create_dataset("miller_index", data=index, **COMPRESSION)
+    describe(dataset, "1", "unique reflections")
+    dataset = group.create_dataset("f_squared", data=truth.f_squared, **COMPRESSION)
+    describe(dataset, ELECTRONS, "|F|^2 with displacements, without bulk solvent")
+
+
+def _write_series(group: h5py.Group, series: SeriesTruth) -> None:
+    group.create_dataset(
+        "identifiers", data=list(series.identifiers), dtype=h5py.string_dtype()
+    )
+    describe(
+        group.create_dataset("scale", data=series.scale), "1", "scale of each image"
+    )
+    absorption = nexus_group(group, "absorption", "NXcollection")
+    absorption["formula"] = "exp(-strength * ((1 + u.e)/2 + (1 - v.e0)/2) / 2)"
+    describe(
+        absorption.create_dataset("strength", data=series.absorption),
+        "1",
+        "mu x path, longest less shortest",
+    )
+    for name, vector in (("u", series.way_out), ("v", series.way_in)):
+        dataset = absorption.create_dataset(name, data=vector)
+        describe(dataset, "1", "unit vector in the frame of the goniometer head")
+
+
+class TruthFile(HDF5Input):
+    """Reads a truth file.
+
+    Raises:
+        ValueError: The file is not a truth file of a known schema.
+    """
+
+    def _load(self) -> None:
+        entry = self._file.get(ENTRY)
+        if entry is None or ROOT not in entry or "asu/cloud" not in entry:
+            raise ValueError(
+                f"{self.path} is not the truth of a simulation: give the output of "
+                "dials.diffuse_simulate"
+            )
+        check_schema(entry[ROOT], SCHEMA, self.path)
+        self._entry = entry
+        self.grid: Grid = read_grid(entry[ROOT])
+        self.scattering_power = float(entry["sample/scattering_power"][()])
+        self.composition = {
+            name: float(value[()])
+            for name, value in entry["sample/composition"].items()
+        }
+
+    def columns(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """``index`` or ``PARTS`` of all unique voxels."""
+        return {name: self._entry[f"asu/{name}"][()] for name in names}
+
+    def bragg(self) -> tuple[np.ndarray, np.ndarray]:
+        """Unique reflections, shape (n, 3), and their |F|²."""
+        group = self._entry["bragg"]
+        return group["miller_index"][()], group["f_squared"][()]
+
+    def isotropic(self) -> dict[str, np.ndarray]:
+        """Columns s, solvent and compton."""
+        return {name: value[()] for name, value in self._entry["isotropic"].items()}
+
+    def series(self) -> list[dict[str, Any]]:
+        """Identifiers and scales of each series of images."""
+        result = []
+        while (group := self._entry.get(f"series_{len(result) + 1}")) is not None:
+            names = [name.decode() for name in group["identifiers"][()]]
+            result.append({"identifiers": names, "scale": group["scale"][()]})
+        return result

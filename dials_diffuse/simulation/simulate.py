@@ -1,0 +1,231 @@
+"""The whole of a simulation: settings in, images and their models out."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import multiprocessing
+import signal
+from pathlib import Path
+from typing import Iterator
+
+import numpy as np
+
+from dxtbx.model.experiment_list import ExperimentList
+
+from dials.util import progress
+from dials_diffuse.io.images import write_cbf, write_nexus
+from dials_diffuse.simulation.exposure import Detector, Exposure, ImageModel
+from dials_diffuse.simulation.models import (
+    Series,
+    attach_images,
+    image_paths,
+    make_series,
+    needs_nexus,
+)
+from dials_diffuse.simulation.noise import (
+    Defects,
+    detect,
+    image_generator,
+    make_defects,
+)
+from dials_diffuse.simulation.sample import Sample
+from dials_diffuse.simulation.scales import Absorption, image_scales
+from dials_diffuse.simulation.settings import SimulationSettings
+from dials_diffuse.simulation.shadows import gap_mask, shadow
+from dials_diffuse.simulation.structure import make_contents
+
+logger = logging.getLogger("dials.diffuse.simulate")
+
+# fork hands over the sample and the detector arrays without a copy
+FORK = multiprocessing.get_context("fork")
+
+
+class Simulation:
+    """A crystal, its experiments, and the images that a detector takes of it.
+
+    Args:
+        settings: The settings.
+
+    Raises:
+        ValueError: Structure, cell and space group do not go together.
+    """
+
+    def __init__(self, settings: SimulationSettings) -> None:
+        self.settings = settings
+        contents = make_contents(settings)
+        self.series = make_series(settings, contents.unit_cell, contents.space_group)
+        first = self.series[0].experiments[0]
+        self.detector = Detector(first, settings, shadow(settings, first.detector))
+        self.active = [mask.ravel() for mask in gap_mask(settings)]
+        self.sample = Sample(settings, contents, self.detector.s_max)
+        self.model = ImageModel(self.sample, settings, self.detector)
+        self.defects: list[Defects] = [
+            make_defects(settings, number, len(active))
+            for number, active in enumerate(self.active)
+        ]
+
+    def exposure(self, series: Series, i: int) -> Exposure:
+        """Image i of a series."""
+        settings = self.settings
+        experiments = series.experiments
+        is_sweep = experiments[0].scan is not None
+        return Exposure(
+            experiment=experiments[0 if is_sweep else i],
+            index=i if is_sweep else 0,
+            scale=float(image_scales(settings, series.number)[i]),
+            time=settings.scan.exposure,
+            absorption=Absorption(settings, series.number),
+        )
+
+    def photons(self, series: Series, i: int) -> list[np.ndarray]:
+        """Expected photons of image i of a series: (n_slow, n_fast) for each panel."""
+        panels = self.model.photons(self.exposure(series, i))
+        return [
+            photons.reshape(pixels.shape)
+            for photons, pixels in zip(panels, self.detector.panels)
+        ]
+
+    def image(self, series: Series, i: int) -> list[np.ndarray]:
+        """What the detector stores: int32, (n_slow, n_fast) for each panel."""
+        return [
+            detect(
+                photons.ravel(),
+                self.active[number],
+                self.defects[number],
+                self.settings,
+                image_generator(self.settings, series.number, i, number),
+            ).reshape(photons.shape)
+            for number, photons in enumerate(self.photons(series, i))
+        ]
+
+
+_simulation: Simulation | None = None
+
+
+def _make_image(number: int, i: int) -> list[np.ndarray]:
+    return _simulation.image(_simulation.series[number], i)
+
+
+def _ignore_interrupt() -> None:
+    """Ctrl-C reaches all processes of a terminal; the parent deals with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _images(simulation: Simulation, number: int) -> Iterator[list[np.ndarray]]:
+    """The images of a series in their order, by as many processes as are asked for."""
+    global _simulation
+    _simulation = simulation
+    n_images = simulation.series[number].n_images
+    nproc = min(simulation.settings.nproc, n_images)
+    try:
+        if nproc == 1:
+            for i in range(n_images):
+                yield _make_image(number, i)
+            return
+        with concurrent.futures.ProcessPoolExecutor(
+            nproc, mp_context=FORK, initializer=_ignore_interrupt
+        ) as pool:
+            # no more images at a time than there are processes: they may be large
+            pending: list[concurrent.futures.Future] = []
+            for i in range(n_images):
+                pending.append(pool.submit(_make_image, number, i))
+                if len(pending) > nproc:
+                    yield pending.pop(0).result()
+            for future in pending:
+                yield future.result()
+    except concurrent.futures.process.BrokenProcessPool:
+        raise ValueError(
+            "A worker process was ended from outside, perhaps for want of memory: use "
+            "a smaller mp.nproc"
+        ) from None
+    finally:
+        _simulation = None
+
+
+def write_images(simulation: Simulation, folder: Path, prefix: str) -> ExperimentList:
+    """Simulate all images and write them.
+
+    Args:
+        simulation: The simulation.
+        folder: Where to write.
+        prefix: Beginning of the file names.
+
+    Returns:
+        The experiments with their images; those without crystal come last.
+
+    Raises:
+        ValueError: A file cannot be written.
+    """
+    total = sum(series.n_images for series in simulation.series)
+    result = ExperimentList()
+    with progress(total=total, desc="Simulating", unit=" images") as bar:
+        for number, series in enumerate(simulation.series):
+            images = _counted(_images(simulation, number), bar)
+            paths = _write_series(simulation, series, folder, prefix, images)
+            result.extend(attach_images(series, paths))
+    return result
+
+
+def _write_series(
+    simulation: Simulation,
+    series: Series,
+    folder: Path,
+    prefix: str,
+    images: Iterator[list[np.ndarray]],
+) -> list[Path]:
+    """Write the images of a series: one CBF file each, or one NeXus file."""
+    settings = simulation.settings
+    nexus = needs_nexus(settings.detector)
+    paths = image_paths(series, folder, prefix, nexus)
+    first = series.experiments[0]
+    if nexus:
+        shapes = [pixels.shape for pixels in simulation.detector.panels]
+        active = [a.reshape(shape) for a, shape in zip(simulation.active, shapes)]
+        write_nexus(paths[0], first, images, settings.scan.exposure, active)
+        return paths
+    for i, (path, panels) in enumerate(zip(paths, images)):
+        write_cbf(
+            path,
+            panels[0],
+            first.detector,
+            first.beam,
+            settings.scan.exposure,
+            start=settings.scan.start + i * settings.scan.width,
+            width=series.width,
+        )
+    return paths
+
+
+def _counted(images: Iterator, bar: progress) -> Iterator:
+    for image in images:
+        yield image
+        bar.update(1)
+
+
+def log_simulation(simulation: Simulation) -> None:
+    """Say what is simulated."""
+    settings, sample = simulation.settings, simulation.sample
+    contents = sample.contents
+    logger.info(
+        "%d series of %d %s, %.4g photons/s, scattering power %.4g photons/(s sr e²)",
+        settings.n_crystals,
+        settings.n_images,
+        "stills" if settings.is_stills else "images of a sweep",
+        settings.beam.flux,
+        sample.power,
+    )
+    logger.info(
+        "Unit cell %s, space group %s, %s per cell, %.1f electrons²/cell at 3.5 Å",
+        " ".join(f"{x:.2f}" for x in contents.unit_cell.parameters()),
+        contents.space_group.type().lookup_symbol(),
+        " ".join(f"{name}{n:.0f}" for name, n in sorted(contents.composition.items())),
+        float(sample.map.isotropic(np.array([1 / 3.5]))[0]),
+    )
+    shape = sample.peak_shape
+    if settings.bragg.on:
+        logger.info(
+            "Bragg peaks: standard deviation %.2e 1/Å, mosaicity %.3g degrees",
+            shape.sigma,
+            np.degrees(shape.mosaicity),
+        )

@@ -1,0 +1,103 @@
+"""The true map of a simulation: means over the voxels of a grid."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cctbx import miller
+from dxtbx.model.experiment_list import ExperimentList
+
+from dials_diffuse.extraction.reference import detector_limits
+from dials_diffuse.grid import Grid
+from dials_diffuse.io.truth import SeriesTruth, Truth
+from dials_diffuse.merging.sums import number_voxels, unique_voxels, unpack
+from dials_diffuse.simulation.sample import S_STEP, Sample
+from dials_diffuse.simulation.scales import Absorption, image_scales
+from dials_diffuse.simulation.settings import SimulationSettings
+from dials_diffuse.util.compat import miller_index_to_numpy
+
+
+def truth_grid(
+    settings: SimulationSettings, sample: Sample, experiments: ExperimentList
+) -> Grid:
+    """The grid that the settings ask for.
+
+    Raises:
+        ValueError: The grid breaks the symmetry or is too large.
+    """
+    d_min = settings.grid.d_min
+    if d_min is None:
+        d_min = max(detector_limits(experiment)[0] for experiment in experiments[:1])
+    contents = sample.contents
+    return Grid(
+        unit_cell=contents.unit_cell.parameters(),
+        ndiv=settings.grid.ndiv,
+        space_group=contents.space_group.type().hall_symbol(),
+        d_min=d_min,
+    )
+
+
+def true_voxels(sample: Sample, grid: Grid, index: np.ndarray) -> dict[str, np.ndarray]:
+    """Means over voxels of all that is not Bragg scattering.
+
+    The isotropic parts are so smooth that their mean is the value at the centre.
+
+    Args:
+        sample: What scatters.
+        grid: The grid.
+        index: Voxel indices, shape (n, 3).
+
+    Returns:
+        ``dials_diffuse.io.truth.PARTS``, electrons² per unit cell, shape (n,).
+    """
+    s = grid.s(index)
+    parts = dict(sample.map.voxel_means(grid, index))
+    parts["solvent"], parts["compton"] = sample.solvent(s), sample.compton(s)
+    parts["intensity"] = sum(parts.values())
+    return parts
+
+
+def true_map(
+    sample: Sample, grid: Grid
+) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
+    """The unique voxels of a grid, their true parts, and who has which in the box."""
+    packed = unique_voxels(grid)
+    index = unpack(packed)
+    return index, true_voxels(sample, grid, index), number_voxels(grid, packed)
+
+
+def series_truth(
+    settings: SimulationSettings, number: int, identifiers: list[str]
+) -> SeriesTruth:
+    """What is known of the images of a series."""
+    absorption = Absorption(settings, number)
+    return SeriesTruth(
+        identifiers=identifiers,
+        scale=image_scales(settings, number),
+        absorption=absorption.strength,
+        way_out=absorption.u,
+        way_in=absorption.v,
+    )
+
+
+def describe_truth(sample: Sample, d_min: float, series: list[SeriesTruth]) -> Truth:
+    """All of the truth but the voxels, reflections to d_min."""
+    contents = sample.contents
+    s = np.arange(0, 1 / d_min, S_STEP)
+    index = miller_index_to_numpy(
+        miller.build_set(
+            _symmetry(contents), anomalous_flag=False, d_min=d_min
+        ).indices()
+    )
+    return Truth(
+        composition=contents.composition,
+        scattering_power=sample.power,
+        isotropic={"s": s, "solvent": sample.solvent(s), "compton": sample.compton(s)},
+        miller_index=index,
+        f_squared=sample.bragg.at(*index.T),
+        series=series,
+    )
+
+
+def _symmetry(contents) -> object:
+    return contents.structure.crystal_symmetry()
