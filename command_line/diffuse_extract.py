@@ -125,6 +125,18 @@ def process(params: Any, phil: str) -> None:
     write_output(params, phil, experiments, settings, inputs)
 
 
+def make_parser(phil: libtbx.phil.scope = phil_scope) -> ArgumentParser:
+    """The parser of the command line."""
+    return ArgumentParser(
+        usage="dials.diffuse_extract [options] refined.expt [refined.refl]",
+        phil=phil,
+        read_experiments=True,
+        read_reflections=True,
+        check_format=False,
+        epilog=__doc__,
+    )
+
+
 @dials.util.show_mail_handle_errors()
 def run(
     args: Sequence[str] | None = None, phil: libtbx.phil.scope = phil_scope
@@ -135,14 +147,7 @@ def run(
         args: The arguments, or None for those of the process.
         phil: The PHIL scope.
     """
-    parser = ArgumentParser(
-        usage="dials.diffuse_extract [options] refined.expt [refined.refl]",
-        phil=phil,
-        read_experiments=True,
-        read_reflections=True,
-        check_format=False,
-        epilog=__doc__,
-    )
+    parser = make_parser(phil)
     try:
         params, options, files = parse_arguments(parser, args)
         start_log(params, options)

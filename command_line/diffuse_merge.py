@@ -153,12 +153,9 @@ def write_map(
             return merge(tables, MergingSettings.from_phil(params), writer)
 
 
-def write_json(
-    path: str, statistics: MergingStatistics, scales: dict[str, float]
-) -> None:
+def write_json(path: str, content: dict[str, Any]) -> None:
     """Write the statistics and the scales of the experiments."""
     with atomic_path(path) as temporary:
-        content = {**statistics.as_dict(), "scales": scales}
         text = json.dumps(content, indent=2, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf-8")
 
@@ -207,8 +204,12 @@ def check_arguments(params: Any, files: Sequence[str]) -> None:
     check_identifiers(params.input.experiments)
 
 
-def process(params: Any, phil: str, files: Sequence[str]) -> None:
-    """Read the input, merge, write the output."""
+def process(params: Any, phil: str, files: Sequence[str]) -> dict[str, Any]:
+    """Read the input, merge, write the output.
+
+    Returns:
+        The statistics and the scales of the experiments, as in the JSON file.
+    """
     experiments = flatten_experiments(params.input.experiments)
     with contextlib.ExitStack() as stack:
         tables = [stack.enter_context(ObservationFile(path)) for path in files]
@@ -220,13 +221,26 @@ def process(params: Any, phil: str, files: Sequence[str]) -> None:
             tables, scales = put_on_one_scale(tables)
         statistics = write_map(tables, params, phil, files)
     log_statistics(statistics, params.half_split)
+    content = {**statistics.as_dict(), "scales": scales}
     logger.info("Map written to %s", params.output.map)
     if params.output.json:
-        write_json(params.output.json, statistics, scales)
+        write_json(params.output.json, content)
         logger.info("Statistics written to %s", params.output.json)
     if params.output.plot:
         write_plot(params.output.plot, params.output.map)
         logger.info("Picture of the layers written to %s", params.output.plot)
+    return content
+
+
+def make_parser(phil: libtbx.phil.scope = phil_scope) -> ArgumentParser:
+    """The parser of the command line."""
+    return ArgumentParser(
+        usage="dials.diffuse_merge [options] extracted.expt extracted.refl",
+        phil=phil,
+        read_experiments=True,
+        check_format=False,
+        epilog=__doc__,
+    )
 
 
 @dials.util.show_mail_handle_errors()
@@ -234,14 +248,7 @@ def run(
     args: Sequence[str] | None = None, phil: libtbx.phil.scope = phil_scope
 ) -> None:
     """Run dials.diffuse_merge as from the command line."""
-    usage = "dials.diffuse_merge [options] extracted.expt extracted.refl"
-    parser = ArgumentParser(
-        usage=usage,
-        phil=phil,
-        read_experiments=True,
-        check_format=False,
-        epilog=__doc__,
-    )
+    parser = make_parser(phil)
     try:
         params, options, files = parse_arguments(parser, args)
         check_arguments(params, files)

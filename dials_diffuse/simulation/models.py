@@ -178,7 +178,8 @@ def panel_frames(
             frames.append(
                 (fast, slow, centre - fast * size[0] / 2 - slow * size[1] / 2)
             )
-    beam_px = np.array(detector.beam_centre or n_panels * n_px / 2)
+    # On a corner between pixels: masking.h of DIALS fails where a pixel has no resolution
+    beam_px = np.array(detector.beam_centre or n_panels * n_px // 2)
     i, j = np.clip(beam_px // n_px, 0, n_panels - 1).astype(int)
     fast, slow, corner = frames[j * n_panels[0] + i]
     px = beam_px - np.array([i, j]) * n_px

@@ -113,7 +113,7 @@ class BackgroundSettings:
 @dataclasses.dataclass(frozen=True)
 class BeamSettings:
     wavelength: float = 0.9795
-    flux: float = 1e12
+    flux: float = 1e11
     size: float = 0.1
     polarization_fraction: float = 0.98
     polarization_normal: Vector = (0.0, 1.0, 0.0)

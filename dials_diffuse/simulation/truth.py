@@ -40,7 +40,9 @@ def truth_grid(
 def true_voxels(sample: Sample, grid: Grid, index: np.ndarray) -> dict[str, np.ndarray]:
     """Means over voxels of all that is not Bragg scattering.
 
-    The isotropic parts are so smooth that their mean is the value at the centre.
+    They are averaged over the equivalent voxels too, as merging does: in trigonal and
+    hexagonal groups these have different shapes. The isotropic parts are so smooth that
+    their mean is the value at the centre.
 
     Args:
         sample: What scatters.
@@ -51,7 +53,7 @@ def true_voxels(sample: Sample, grid: Grid, index: np.ndarray) -> dict[str, np.n
         ``dials_diffuse.io.truth.PARTS``, electrons² per unit cell, shape (n,).
     """
     s = grid.s(index)
-    parts = dict(sample.map.voxel_means(grid, index))
+    parts = dict(sample.map.merged_voxel_means(grid, index))
     parts["solvent"], parts["compton"] = sample.solvent(s), sample.compton(s)
     parts["intensity"] = sum(parts.values())
     return parts

@@ -24,19 +24,19 @@ def settings(**kwargs) -> SimulationSettings:
 
 def test_scattering_power_by_hand():
     """1e12 photons/s on 0.01 mm², 1e-3 mm³ of cells of 1e5 Å³, r_e = 2.818e-15 m."""
-    found = scattering_power(settings(), 1e5)
+    found = scattering_power(settings(beam=BeamSettings(flux=1e12)), 1e5)
     n_cells = 1e-3 / (1e5 * 1e-21)
     assert found == pytest.approx(1e14 * (2.818e-12) ** 2 * n_cells, rel=1e-4)
 
 
 def test_beam_smaller_than_the_crystal():
     """The same photons in a quarter of the area, through a quarter of the cells."""
-    whole = scattering_power(settings(), 1e5)
-    small = settings(beam=BeamSettings(size=0.05))
+    whole = scattering_power(settings(beam=BeamSettings(flux=1e12)), 1e5)
+    small = settings(beam=BeamSettings(size=0.05, flux=1e12))
     assert scattering_power(small, 1e5) == pytest.approx(whole)
-    large = settings(beam=BeamSettings(size=0.2))
+    large = settings(beam=BeamSettings(size=0.2, flux=1e12))
     assert scattering_power(large, 1e5) == pytest.approx(whole / 4)
-    thin = settings(crystal=CrystalSettings(size=0.05))
+    thin = settings(beam=BeamSettings(flux=1e12), crystal=CrystalSettings(size=0.05))
     assert scattering_power(thin, 1e5) == pytest.approx(whole / 8)
 
 

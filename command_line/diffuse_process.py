@@ -1,0 +1,455 @@
+# LIBTBX_SET_DISPATCHER_NAME dials.diffuse_process
+"""
+Process diffraction images of crystals to a merged map of their diffuse scattering.
+
+The image headers tell stills from rotation data, unless mode says which. Rotation data
+are imported, spots found, all sweeps indexed together and refined by the programs of
+DIALS. Of stills each is indexed by itself (dials.stills_process), then all are refined
+together. The diffuse scattering is then extracted and merged, as by
+dials.diffuse_extract and dials.diffuse_merge.
+
+Parameters of DIALS' programs are passed on as find_spots.options="name=value ...", or
+in a file find_spots.phil=name.phil; likewise import, index, stills_process,
+combine_experiments, refine and integrate. Those of our stages are extract.* and merge.*.
+
+Everything is written to output.directory, with the log of each program. diffuse.html is
+a page with what is to be known of the run, diffuse.json has the same figures. If a
+program fails, what was finished before remains.
+
+Examples::
+
+  dials.diffuse_process /data/crystal_1/*.cbf space_group=P41 extract.grid.d_min=1.6
+
+  dials.diffuse_process image_####.cbf input.reference_geometry=refined.expt
+
+  dials.diffuse_process stills/ unit_cell=48.4,48.4,63.4,90,90,90 space_group=P41 \\
+    stills_process.options="spotfinder.filter.min_spot_size=3"
+
+  dials.diffuse_process imported.expt input.mask=pixels.mask output.directory=map
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Iterator, Sequence
+
+import libtbx.phil
+from dxtbx.model.experiment_list import ExperimentList
+from libtbx.utils import Sorry
+
+import dials.util
+import dials_diffuse
+from dials.array_family import flex
+from dials.util.options import ArgumentParser
+from dials.util.version import dials_version
+from dials_diffuse.command_line import diffuse_extract, diffuse_merge
+from dials_diffuse.extraction.settings import ExtractionSettings
+from dials_diffuse.io.inputs import read_mask
+from dials_diffuse.merging.merge import MergingSettings
+from dials_diffuse.process.mode import (
+    Series,
+    decide_mode,
+    image_series,
+    read_headers,
+)
+from dials_diffuse.process.page import Page
+from dials_diffuse.process.programs import find_program
+from dials_diffuse.process.settings import ProcessSettings, split_arguments
+from dials_diffuse.process.stages import (
+    IMPORTED,
+    Stage,
+    StageResult,
+    import_stages,
+    rotation_stages,
+    run_stages,
+    stills_stages,
+)
+from dials_diffuse.process.summary import (
+    crystal_summary,
+    extraction_summary,
+    refinement_summary,
+    spots_summary,
+)
+from dials_diffuse.util.command import (
+    ends_by_signal,
+    load_phil,
+    parse_arguments,
+    report_changes,
+    start_log,
+)
+from dials_diffuse.util.files import atomic_path
+
+logger = logging.getLogger("dials.diffuse.process")
+
+phil_scope = load_phil("process")
+
+OWN = "dials.diffuse_"
+
+
+def new_record(params: Any) -> dict[str, Any]:
+    """The record of a run, before anything is known; ``diffuse.json`` when it ends."""
+    return {
+        "versions": {
+            "dials": dials_version(),
+            "dials_diffuse": dials_diffuse.__version__,
+        },
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "data": "images",
+        "json": params.output.json,
+        "error": None,
+        "warnings": [],
+        "stages": [],
+        **dict.fromkeys(("mode", "reason", "n_images")),
+        **dict.fromkeys(("spots", "refinement", "crystal", "extraction", "merging")),
+    }
+
+
+@contextlib.contextmanager
+def collect_warnings(messages: list[str]) -> Iterator[None]:
+    """Append the warnings that our stages log to a list."""
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(
+        record.getMessage().removeprefix("Warning: ")
+    )
+    parent = logging.getLogger("dials.diffuse")
+    parent.addHandler(handler)
+    try:
+        yield
+    finally:
+        parent.removeHandler(handler)
+
+
+@contextlib.contextmanager
+def working_directory(path: str) -> Iterator[None]:
+    """Within it the current folder is ``path``, which is made if need be.
+
+    Raises:
+        ValueError: It cannot be made.
+    """
+    try:
+        os.makedirs(path, exist_ok=True)
+        before = os.getcwd()
+        os.chdir(path)
+    except OSError as e:
+        raise ValueError(f"output.directory={path}: {e.strerror}") from None
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def changed_parameters(phil: libtbx.phil.scope, scope: str) -> list[str]:
+    """The parameters of a scope that differ from their defaults, as arguments."""
+    return [
+        f"{item.path[len(scope) + 1 :]}={' '.join(map(str, item.object.words))}"
+        for item in phil.all_definitions()
+        if item.path.startswith(f"{scope}.")
+    ]
+
+
+def extract_stage(
+    params: Any, settings: ProcessSettings, changes: libtbx.phil.scope
+) -> Stage:
+    """Extraction from the refined models."""
+    arguments = [
+        "refined.expt",
+        "refined.refl",
+        *changed_parameters(changes, "extract"),
+    ]
+    if params.extract.mask:
+        arguments = [arg for arg in arguments if not arg.startswith("mask=")]
+    mask = params.extract.mask or settings.mask
+    if mask:
+        arguments.append(f"mask={_quoted(mask)}")
+    if not isinstance(params.extract.mp.nproc, int):
+        arguments.append(f"mp.nproc={settings.nproc}")
+    return Stage(
+        name="dials.diffuse_extract",
+        arguments=lambda: arguments,
+        outputs=(params.extract.output.experiments, params.extract.output.reflections),
+        log=params.output.log,
+        execute=_extract,
+    )
+
+
+def _quoted(path: str) -> str:
+    """A path as a PHIL value."""
+    return f'"{path}"' if " " in path else path
+
+
+def _extract(name: str, arguments: list[str], log: str, outputs: Any) -> None:
+    parser = diffuse_extract.make_parser()
+    params, _, _ = parse_arguments(parser, arguments)
+    diffuse_extract.process(params, parser.phil.as_str())
+
+
+def merge_stage(
+    params: Any, changes: libtbx.phil.scope, record: dict[str, Any]
+) -> Stage:
+    """Merging; the statistics go to the record."""
+    output = params.extract.output
+    arguments = [output.experiments, output.reflections]
+    arguments += changed_parameters(changes, "merge")
+
+    def merge(name: str, arguments: list[str], log: str, outputs: Any) -> None:
+        parser = diffuse_merge.make_parser()
+        merge_params, _, files = parse_arguments(parser, arguments)
+        diffuse_merge.check_arguments(merge_params, files)
+        phil = parser.phil.as_str()
+        record["merging"] = diffuse_merge.process(merge_params, phil, files)
+
+    return Stage(
+        name="dials.diffuse_merge",
+        arguments=lambda: arguments,
+        outputs=(params.merge.output.map,),
+        log=params.output.log,
+        execute=merge,
+    )
+
+
+def load_imported(path: str) -> ExperimentList:
+    """The models of an imported experiment list, without its images.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    try:
+        return ExperimentList.from_file(path, check_format=False)
+    except Exception as e:  # whatever a damaged file brings about
+        reason = " ".join(str(e).split()) or type(e).__name__
+        raise ValueError(f"Cannot read {path} ({reason})") from None
+
+
+def find_mode(settings: ProcessSettings) -> tuple[str, str]:
+    """stills or rotation, and the reason.
+
+    Raises:
+        ValueError: The headers say both, or they cannot be read.
+    """
+    if settings.mode != "auto":
+        mode, reason = settings.mode, f"as mode={settings.mode} says"
+    elif settings.experiments:
+        mode, reason = decide_mode(image_series(load_imported(settings.experiments)))
+    else:
+        headers = read_headers(settings.files, settings.templates)
+        mode, reason = decide_mode(image_series(headers))
+    if mode == "stills" and settings.integrate:
+        raise ValueError(f"integrate=True is for rotation data, not stills ({reason})")
+    return mode, reason
+
+
+def check_imported(settings: ProcessSettings, mode: str) -> list[Series]:
+    """The series of the images that were imported.
+
+    Raises:
+        ValueError: They are stills, but are to be processed as rotation data.
+    """
+    series = image_series(load_imported(settings.experiments or IMPORTED))
+    stills = [s for s in series if s.is_still]
+    if mode == "rotation" and stills:
+        raise ValueError(
+            f"mode=rotation, but {len(stills)} image(s) have no rotation (as "
+            f"{stills[0].path}): give it by "
+            'import.options="geometry.scan.oscillation=start,width '
+            'convert_stills_to_sequences=True"'
+        )
+    return series
+
+
+def run_all(
+    params: Any,
+    settings: ProcessSettings,
+    changes: libtbx.phil.scope,
+    record: dict[str, Any],
+    results: list[StageResult],
+) -> None:
+    """Run all stages; what is known goes to the record and the results."""
+    logger.info("Reading the image headers")
+    mode, reason = find_mode(settings)
+    record.update(mode=mode, reason=reason)
+    logger.info("%s: %s", mode.capitalize(), reason)
+
+    first = import_stages(settings, mode)
+    stages = (stills_stages if mode == "stills" else rotation_stages)(settings)
+    stages += [
+        extract_stage(params, settings, changes),
+        merge_stage(params, changes, record),
+    ]
+    for stage in (*first, *stages):
+        if not stage.name.startswith(OWN):
+            find_program(stage.name)  # now, and not after hours
+
+    run_stages(first, results)
+    series = check_imported(settings, mode)
+    n_images = sum(s.n_images for s in series)
+    record.update(n_images=n_images, data=series[0].path)
+    run_stages(stages, results)
+
+
+def complete_record(
+    params: Any, record: dict[str, Any], results: Sequence[StageResult]
+) -> None:
+    """Add the figures of all stages that have come to an end."""
+    record["stages"] = [dataclasses.asdict(result) for result in results]
+    done = {result.name for result in results if result.state == "done"}
+    folder = Path.cwd()
+    if done & {"dials.find_spots", "dials.stills_process"}:
+        record["spots"] = spots_summary(record["mode"], folder, record["n_images"])
+    if "dials.refine" in done:
+        experiments = load_imported("refined.expt")
+        reflections = flex.reflection_table.from_file("refined.refl")
+        record["refinement"] = refinement_summary(experiments, reflections)
+        record["crystal"] = crystal_summary(experiments)
+    if "dials.diffuse_extract" in done:
+        table = params.extract.output.reflections
+        record["extraction"] = extraction_summary(table)
+
+
+def log_record(record: dict[str, Any]) -> None:
+    """The figures of indexing and refinement, for the log."""
+    spots, refinement = record["spots"], record["refinement"]
+    if spots:
+        logger.info(
+            "\n%d spots found, %d indexed (%.1f%%)",
+            spots["n_found"],
+            spots["n_indexed"],
+            100 * spots["fraction_indexed"],
+        )
+        if "n_images_indexed" in spots:
+            n_indexed, n_images = spots["n_images_indexed"], spots["n_images"]
+            logger.info("%d of %d stills indexed", n_indexed, n_images)
+    if refinement and refinement["n_reflections"]:
+        logger.info(
+            "RMSD %.2f px (x), %.2f px (y), %.3f degrees of %d reflections",
+            refinement["rmsd_x_px"],
+            refinement["rmsd_y_px"],
+            refinement["rmsd_angle_deg"],
+            refinement["n_reflections"],
+        )
+        crystal = record["crystal"]
+        cell = " ".join(f"{x:.2f}" for x in crystal["unit_cell"])
+        logger.info("Unit cell %s, space group %s", cell, crystal["space_group"])
+
+
+def write_summary(
+    params: Any,
+    record: dict[str, Any],
+    sections: Sequence[tuple[str, str]] = (),
+) -> None:
+    """Write the record as JSON and as a page.
+
+    Args:
+        params: The PHIL parameters.
+        record: The record of the run.
+        sections: Titles and HTML fragments of further sections of the page.
+    """
+    writers: list[tuple[str | None, Callable[[], str]]] = [
+        (
+            params.output.json,
+            lambda: json.dumps(record, indent=2, allow_nan=False) + "\n",
+        ),
+        (params.output.html, functools.partial(render, params, record, sections)),
+    ]
+    for name, content in writers:
+        if name:
+            with atomic_path(name) as path:
+                path.write_text(content(), encoding="utf-8")
+            logger.info("Summary written to %s", name)
+
+
+def render(
+    params: Any, record: dict[str, Any], sections: Sequence[tuple[str, str]]
+) -> str:
+    """The page in HTML."""
+    plot = params.merge.output.plot
+    page = Page(record, Path(plot) if plot and record["merging"] else None)
+    for title, html in sections:
+        page.add_section(title, html)
+    return page.render()
+
+
+def check_parameters(params: Any, settings: ProcessSettings) -> None:
+    """Check what our own stages will be given, before the programs of DIALS run.
+
+    Raises:
+        ValueError: A parameter of extraction or merging, or the mask, will not do.
+    """
+    mask = params.extract.mask or settings.mask
+    ExtractionSettings.from_phil(params.extract, read_mask(mask) if mask else None)
+    MergingSettings.from_phil(params.merge)
+    if not params.merge.output.map:
+        raise ValueError("Please give a file name for the map: merge.output.map")
+
+
+def process(
+    params: Any, settings: ProcessSettings, changes: libtbx.phil.scope
+) -> dict[str, Any]:
+    """From images to the summary, in the current folder.
+
+    Args:
+        params: The PHIL parameters.
+        settings: The same, checked.
+        changes: The parameters that differ from their defaults.
+
+    Returns:
+        The record of the run.
+
+    Raises:
+        ValueError: A stage failed. The summary of what was done has been written.
+    """
+    record = new_record(params)
+    results: list[StageResult] = []
+    try:
+        with collect_warnings(record["warnings"]):
+            run_all(params, settings, changes, record, results)
+    except ValueError as e:
+        record["error"] = str(e)
+        raise
+    finally:
+        if record["error"] or record["merging"]:
+            complete_record(params, record, results)
+            log_record(record)
+            write_summary(params, record)
+    return record
+
+
+@dials.util.show_mail_handle_errors()
+def run(
+    args: Sequence[str] | None = None, phil: libtbx.phil.scope = phil_scope
+) -> None:
+    """Run dials.diffuse_process as from the command line.
+
+    Args:
+        args: The arguments, or None for those of the process.
+        phil: The PHIL scope.
+    """
+    parser = ArgumentParser(
+        usage="dials.diffuse_process [options] images...", phil=phil, epilog=__doc__
+    )
+    args = sys.argv[1:] if args is None else list(map(os.fspath, args))
+    try:
+        inputs, rest = split_arguments(args)
+        params, options, _ = parse_arguments(parser, rest)
+        settings = ProcessSettings.from_phil(params, inputs)
+        if params.extract.mask:
+            params.extract.mask = os.path.abspath(params.extract.mask)
+        check_parameters(params, settings)
+        with working_directory(params.output.directory):
+            start_log(params, options)
+            report_changes(parser)
+            with ends_by_signal():
+                process(params, settings, parser.diff_phil)
+    except ValueError as e:
+        raise Sorry(e) from None
+
+
+if __name__ == "__main__":
+    run()

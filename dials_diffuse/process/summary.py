@@ -1,0 +1,145 @@
+"""The figures of a run, read from the files that its stages have written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Sequence
+
+import numpy as np
+
+from dxtbx import flumpy
+from dxtbx.model.experiment_list import ExperimentList
+
+from dials.array_family import flex
+from dials_diffuse.io.observations import ObservationFile
+from dials_diffuse.process.stages import STILLS_FOLDER
+from dials_diffuse.util.compat import oscillation_width
+
+
+def spots_summary(mode: str, folder: Path, n_images: int) -> dict[str, Any] | None:
+    """Numbers of spots found and indexed; of images indexed too, for stills.
+
+    Args:
+        mode: stills or rotation.
+        folder: The output folder.
+        n_images: Number of images that were processed.
+
+    Returns:
+        None if spot finding has not come to an end.
+    """
+    if mode == "stills":
+        found = sorted(folder.glob(f"{STILLS_FOLDER}/idx-*_strong.refl"))
+        indexed = sorted(folder.glob(f"{STILLS_FOLDER}/idx-*_indexed.refl"))
+    else:
+        found = list(folder.glob("strong.refl"))
+        indexed = list(folder.glob("indexed.refl"))
+    if not found:
+        return None
+    n_found = sum(len(_load(path)) for path in found)
+    n_indexed = sum(_count_flag(_load(path), "indexed") for path in indexed)
+    result = {
+        "n_images": n_images,
+        "n_found": n_found,
+        "n_indexed": n_indexed,
+        "fraction_indexed": n_indexed / n_found if n_found else 0.0,
+    }
+    if mode == "stills":
+        lists = sorted(folder.glob(f"{STILLS_FOLDER}/idx-*_refined.expt"))
+        result["n_images_indexed"] = _count_images(lists)
+    return result
+
+
+def _load(path: Path) -> flex.reflection_table:
+    return flex.reflection_table.from_file(str(path))
+
+
+def _count_flag(table: flex.reflection_table, flag: str) -> int:
+    return table.get_flags(getattr(table.flags, flag), all=False).count(True)
+
+
+def _count_images(lists: Sequence[Path]) -> int:
+    """Number of different images in some lists: a still may show several crystals."""
+    images = set()
+    for path in lists:
+        for experiment in ExperimentList.from_file(str(path), check_format=False):
+            imageset = experiment.imageset
+            images.add((imageset.get_path(0), imageset.indices()[0]))
+    return len(images)
+
+
+def refinement_summary(
+    experiments: ExperimentList, reflections: flex.reflection_table
+) -> dict[str, Any]:
+    """Root-mean-square differences between observed and predicted positions.
+
+    RMSD = sqrt(mean((cal - obs)²)) over the reflections used in refinement, in x and y
+    (px) and, for rotation data, in the rotation angle (degrees); for stills in the angle
+    by which a reciprocal lattice point misses the Ewald sphere.
+
+    Args:
+        experiments: The refined models.
+        reflections: The reflections with predictions that dials.refine has written.
+    """
+    used = reflections.select(
+        reflections.get_flags(reflections.flags.used_in_refinement)
+    )
+    ids = flumpy.to_numpy(used["id"])
+    observed = flumpy.to_numpy(used["xyzobs.px.value"])
+    residual = flumpy.to_numpy(used["xyzcal.px"]) - observed
+    widths = np.array([oscillation_width(e.scan) or 0.0 for e in experiments])
+    angle = residual[:, 2] * widths[ids]
+    if "delpsical.rad" in used and all(e.is_still() for e in experiments):
+        angle = np.degrees(flumpy.to_numpy(used["delpsical.rad"]))
+    values = np.column_stack([residual[:, :2], angle])
+    return {
+        **_rmsd(values),
+        "experiments": [
+            {"id": i, **_rmsd(values[ids == i])} for i in range(len(experiments))
+        ],
+    }
+
+
+def _rmsd(values: np.ndarray) -> dict[str, Any]:
+    names = ("rmsd_x_px", "rmsd_y_px", "rmsd_angle_deg")
+    if len(values) == 0:
+        return {"n_reflections": 0, **dict.fromkeys(names)}
+    rmsd = np.sqrt(np.mean(values**2, axis=0))
+    return {"n_reflections": len(values), **dict(zip(names, map(float, rmsd)))}
+
+
+def crystal_summary(experiments: ExperimentList) -> dict[str, Any]:
+    """Mean unit cell (Å, degrees), its standard deviation over crystals, space group."""
+    crystals = experiments.crystals()
+    cells = np.array([crystal.get_unit_cell().parameters() for crystal in crystals])
+    groups = {str(crystal.get_space_group().info()) for crystal in crystals}
+    return {
+        "n_crystals": len(crystals),
+        "n_experiments": len(experiments),
+        "unit_cell": cells.mean(axis=0).tolist(),
+        "unit_cell_sd": cells.std(axis=0).tolist(),
+        "space_group": ", ".join(sorted(groups)),
+    }
+
+
+def extraction_summary(path: str) -> dict[str, Any]:
+    """Grid, numbers of observations, pixels and photons of an observation file."""
+    n_pixels, counts = 0, 0.0
+    with ObservationFile(path) as table:
+        for start, stop in table.slabs():
+            rows = table.read(start, stop, ["num_pixels.valid", "counts"])
+            n_pixels += int(rows["num_pixels.valid"].sum())
+            counts += float(rows["counts"].sum())
+        grid = table.grid
+        return {
+            "n_experiments": len(table.identifiers),
+            "n_observations": table.n_rows,
+            "n_pixels": n_pixels,
+            "photons": counts,
+            "photons_per_pixel": counts / max(n_pixels, 1),
+            "ndiv": list(grid.ndiv),
+            "shape": list(grid.shape),
+            "unit_cell": list(grid.unit_cell),
+            "laue_group": str(grid.laue_group.info()),
+            "d_min": grid.d_min,
+            "d_max": grid.d_max,
+        }

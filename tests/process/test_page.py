@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import base64
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from dials_diffuse.process.page import Page, format_cell, format_figure, plot_shells
+
+PNG = b"\x89PNG not really"
+
+
+def shell(d_max, d_min, cc_half=0.5, completeness=0.875, intensity=1234.5):
+    return {
+        "d_max": d_max,
+        "d_min": d_min,
+        "n_obs": 777,
+        "n_voxels": 333,
+        "n_possible": 400,
+        "mean_intensity": intensity,
+        "mean_i_over_sigma": 4.5,
+        "n_pairs": 200,
+        "cc_half": cc_half,
+        "completeness": completeness,
+        "multiplicity": 2.25,
+    }
+
+
+@pytest.fixture
+def record():
+    return {
+        "versions": {"dials": "DIALS 3.99", "dials_diffuse": "9.8.7"},
+        "started": "2020-01-01 12:00:00",
+        "data": "/data/a<b_0001.cbf",
+        "json": "diffuse.json",
+        "error": None,
+        "warnings": ["the cells differ"],
+        "stages": [
+            {
+                "name": "dials.import",
+                "command": "dials.import '/data/a b.cbf'",
+                "seconds": 1.25,
+                "state": "done",
+                "log": "dials.import.log",
+            }
+        ],
+        "mode": "rotation",
+        "reason": "60 images of 0.5 degrees in 1 sweep",
+        "n_images": 60,
+        "spots": {
+            "n_images": 60,
+            "n_found": 1000,
+            "n_indexed": 900,
+            "fraction_indexed": 0.9,
+        },
+        "refinement": {
+            "n_reflections": 876,
+            "rmsd_x_px": 0.12,
+            "rmsd_y_px": 0.34,
+            "rmsd_angle_deg": 0.056,
+            "experiments": [],
+        },
+        "crystal": {
+            "n_crystals": 1,
+            "n_experiments": 1,
+            "unit_cell": [10.0, 20.0, 30.0, 90.0, 95.5, 90.0],
+            "unit_cell_sd": [0.0] * 6,
+            "space_group": "P 1 21 1",
+        },
+        "extraction": {
+            "n_experiments": 1,
+            "n_observations": 4321,
+            "n_pixels": 1000000,
+            "photons": 5e5,
+            "photons_per_pixel": 0.5,
+            "ndiv": [2, 3, 4],
+            "shape": [11, 21, 31],
+            "unit_cell": [10.0, 20.0, 30.0, 90.0, 95.5, 90.0],
+            "laue_group": "P 1 2/m 1",
+            "d_min": 1.6,
+            "d_max": None,
+        },
+        "merging": {
+            "overall": shell(20.0, 1.6),
+            "shells": [shell(20.0, 3.0), shell(3.0, 2.0, None, 0.0, None)],
+            "scales": {},
+        },
+    }
+
+
+class TextOf(HTMLParser):
+    """The text of a page without its style; checks that elements are closed."""
+
+    VOID = ("meta", "img")
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(html)
+        assert self.open == []
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+
+
+def test_all_is_on_the_page(record, tmp_path):
+    picture = tmp_path / "merged.png"
+    picture.write_bytes(PNG)
+    html = Page(record, picture).render()
+    text = TextOf(html).text
+    for expected in (
+        "Diffuse scattering: a<b_0001.cbf",
+        "/data/a<b_0001.cbf and 59 more images",
+        "rotation (60 images of 0.5 degrees in 1 sweep)",
+        "DIALS 3.99, dials_diffuse 9.8.7",
+        "the cells differ",
+        "dials.import done 1.2 dials.import.log",
+        "1000 found, 900 indexed (90.0 %)",
+        "P 1 21 1",
+        "10.00, 20.00, 30.00, 90.00, 95.50, 90.00",
+        "0.12 px (x), 0.34 px (y), 0.056° (rotation), 876 reflections",
+        "2 × 3 × 4 voxels per reciprocal cell, Laue group P 1 2/m 1, to 1.60 Å",
+        "4321 of voxels, by 1 sweep",
+        "20.00 3.00 777 333 87.5 2.25 1.234e+03 4.50 0.500",
+        "3.00 2.00 777 333 0.0 2.25 – 4.50 –",
+    ):
+        assert expected in text
+    assert 'href="dials.import.log"' in html
+    assert base64.b64encode(PNG).decode() in html
+
+
+def test_the_page_needs_no_network(record):
+    html = Page(record).render()
+    sources = re.findall(r'(?:src|href)="([^"]*)"', html)
+    assert len(sources) > 1
+    for source in sources:
+        assert source.startswith("data:image/") or source.endswith(".log")
+
+
+def test_stills(record):
+    record["mode"] = "stills"
+    record["spots"]["n_images_indexed"] = 58
+    record["crystal"].update(n_crystals=58, unit_cell_sd=[0.1, 0, 0.02, 0, 0, 0])
+    text = TextOf(Page(record).render()).text
+    assert "Stills indexed 58 of 60" in text
+    assert "10.00 ± 0.10, 20.00, 30.00 ± 0.02, 90.00" in text
+    assert "of 58 crystal models" in text
+    assert "0.056° (angle to the Ewald sphere)" in text
+
+
+def test_a_run_that_failed(record):
+    for key in ("spots", "refinement", "crystal", "extraction", "merging"):
+        record[key] = None
+    record["stages"][0]["state"] = "failed"
+    record["error"] = "dials.import failed (exit status 1): no <images>"
+    html = Page(record).render()
+    text = TextOf(html).text
+    assert "dials.import failed (exit status 1): no <images>" in text
+    assert "Merged map" not in text
+    assert "<img" not in html
+
+
+def test_sections_can_be_added(record):
+    page = Page(record)
+    page.add_section("Comparison & more", "<p>CC <b>0.99</b></p>")
+    html = page.render()
+    assert "<h2>Comparison &amp; more</h2>\n<p>CC <b>0.99</b></p>" in html
+    assert html.index("Comparison") > html.index("Merged map")
+
+
+def test_plot_has_a_point_for_each_shell_that_is_known():
+    edges = [20, 4, 3, 2.5, 2]
+    shells = [shell(*pair) for pair in zip(edges, edges[1:])]
+    shells[2]["cc_half"] = None
+    svg = plot_shells(shells).decode()
+    assert svg.count("<use ") >= 15
+    full = [shell(*pair) for pair in zip(edges, edges[1:])]
+    assert svg.count("<use ") == plot_shells(full).decode().count("<use ") - 1
+
+
+def test_format():
+    assert format_figure(None) == "–"
+    assert format_figure(0.123, ".1f", 100) == "12.3"
+    assert format_cell([1, 2], [0.004, 0.3]) == "1.00, 2.00 ± 0.30"
