@@ -53,6 +53,8 @@ from dials.util.version import dials_version
 from dials_diffuse.command_line import diffuse_extract, diffuse_merge
 from dials_diffuse.extraction.settings import ExtractionSettings
 from dials_diffuse.io.inputs import read_mask
+from dials_diffuse.io.maps import MapFile
+from dials_diffuse.io.truth import TruthFile
 from dials_diffuse.merging.merge import MergingSettings
 from dials_diffuse.process.mode import (
     Series,
@@ -78,6 +80,8 @@ from dials_diffuse.process.summary import (
     refinement_summary,
     spots_summary,
 )
+from dials_diffuse.report.comparison import comparison_section, plot_comparison
+from dials_diffuse.simulation.comparison import compare
 from dials_diffuse.util.command import (
     ends_by_signal,
     load_phil,
@@ -109,6 +113,7 @@ def new_record(params: Any) -> dict[str, Any]:
         "stages": [],
         **dict.fromkeys(("mode", "reason", "n_images")),
         **dict.fromkeys(("spots", "refinement", "crystal", "extraction", "merging")),
+        "truth": None,
     }
 
 
@@ -339,6 +344,33 @@ def log_record(record: dict[str, Any]) -> None:
         logger.info("Unit cell %s, space group %s", cell, crystal["space_group"])
 
 
+def compare_with_truth(params: Any, record: dict[str, Any]) -> tuple[str, str]:
+    """Compare the map with the truth of a simulation.
+
+    Args:
+        params: The PHIL parameters.
+        record: Gets the figures.
+
+    Returns:
+        Title and HTML of a section of the page.
+
+    Raises:
+        ValueError: The map is on another grid than the truth.
+    """
+    logger.info("\n== Comparison with %s", params.truth)
+    with MapFile(params.merge.output.map) as merged, TruthFile(params.truth) as truth:
+        comparison = compare(merged, truth)
+    logger.info(comparison.as_table())
+    record["truth"] = comparison.as_dict()
+    title = f"{params.merge.output.map} against {os.path.basename(params.truth)}"
+    figure = plot_comparison(comparison, title)
+    if params.output.comparison:
+        with atomic_path(params.output.comparison) as path:
+            figure.savefig(path, format="png", dpi=100)
+        logger.info("Picture of the comparison: %s", params.output.comparison)
+    return comparison_section(comparison, figure)
+
+
 def write_summary(
     params: Any,
     record: dict[str, Any],
@@ -387,6 +419,9 @@ def check_parameters(params: Any, settings: ProcessSettings) -> None:
     MergingSettings.from_phil(params.merge)
     if not params.merge.output.map:
         raise ValueError("Please give a file name for the map: merge.output.map")
+    if params.truth:
+        with TruthFile(params.truth):
+            pass
 
 
 def process(
@@ -407,9 +442,12 @@ def process(
     """
     record = new_record(params)
     results: list[StageResult] = []
+    sections: list[tuple[str, str]] = []
     try:
         with collect_warnings(record["warnings"]):
             run_all(params, settings, changes, record, results)
+            if params.truth:
+                sections.append(compare_with_truth(params, record))
     except ValueError as e:
         record["error"] = str(e)
         raise
@@ -417,7 +455,7 @@ def process(
         if record["error"] or record["merging"]:
             complete_record(params, record, results)
             log_record(record)
-            write_summary(params, record)
+            write_summary(params, record, sections)
     return record
 
 
@@ -439,8 +477,9 @@ def run(
         inputs, rest = split_arguments(args)
         params, options, _ = parse_arguments(parser, rest)
         settings = ProcessSettings.from_phil(params, inputs)
-        if params.extract.mask:
-            params.extract.mask = os.path.abspath(params.extract.mask)
+        for scope, name in ((params.extract, "mask"), (params, "truth")):
+            if getattr(scope, name):
+                setattr(scope, name, os.path.abspath(getattr(scope, name)))
         check_parameters(params, settings)
         with working_directory(params.output.directory):
             start_log(params, options)

@@ -18,7 +18,7 @@ Examples::
   dials.diffuse_simulate crystal.structure=1stn.pdb detector.preset=pilatus6m \\
     detector.distance=250 scan.width=0.1 n_images=900
 
-  dials.diffuse_simulate beam.flux=1e11 dry_run=True
+  dials.diffuse_simulate beam.flux=1e10 dry_run=True
 """
 
 from __future__ import annotations

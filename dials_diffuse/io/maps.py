@@ -275,7 +275,7 @@ class MapFile(HDF5Input):
     def _checked_entry(self) -> h5py.Group:
         """The entry of the file, if it is a map that this version can read."""
         entry = self._file.get(ENTRY)
-        if entry is None or ROOT not in entry or "asu/index" not in entry:
+        if entry is None or ROOT not in entry or "asu/sigma" not in entry:
             raise ValueError(
                 f"{self.path} is not a merged map: give the output of "
                 "dials.diffuse_merge"

@@ -131,14 +131,16 @@ def plot_layers(
     figure = Figure(figsize=(4.6 * len(layers) + 1.2, 9.9), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.1, hspace=0.05)
     axes = figure.subplots(2, len(layers), squeeze=False)
-    intensity = _colour_limits([layer.intensity for layer in layers])
-    largest = max(map(abs, _colour_limits([layer.anisotropic for layer in layers])))
+    intensity = colour_limits([layer.intensity for layer in layers])
+    largest = max(map(abs, colour_limits([layer.anisotropic for layer in layers])))
     for row, attribute, colours, limits, label in (
         (0, "intensity", "viridis", intensity, "Intensity"),
         (1, "anisotropic", "RdBu_r", (-largest, largest), "Intensity less shell mean"),
     ):
         for ax, layer in zip(axes[row], layers):
-            image = _draw(ax, layer, getattr(layer, attribute), colours, limits, d_min)
+            image = draw_layer(
+                ax, layer, getattr(layer, attribute), colours, limits, d_min
+            )
             ax.set_title(layer.name if row == 0 else f"{layer.name}, anisotropic part")
         bar = figure.colorbar(image, ax=axes[row], shrink=0.85, pad=0.01, extend="both")
         bar.set_label(f"{label} ({units})")
@@ -150,7 +152,7 @@ def plot_layers(
     return figure
 
 
-def _colour_limits(images: Sequence[np.ndarray]) -> tuple[float, float]:
+def colour_limits(images: Sequence[np.ndarray]) -> tuple[float, float]:
     """Limits of the colours, without the most extreme of the observed voxels."""
     values = np.concatenate([image[np.isfinite(image)] for image in images])
     if len(values) == 0:
@@ -159,7 +161,7 @@ def _colour_limits(images: Sequence[np.ndarray]) -> tuple[float, float]:
     return (float(low), float(high)) if high > low else (low - 0.5, low + 0.5)
 
 
-def _draw(
+def draw_layer(
     ax: Axes,
     layer: Layer,
     values: np.ndarray,
