@@ -359,7 +359,9 @@ def compare_with_truth(params: Any, record: dict[str, Any]) -> tuple[str, str]:
     """
     logger.info("\n== Comparison with %s", params.truth)
     with MapFile(params.merge.output.map) as merged, TruthFile(params.truth) as truth:
-        comparison = compare(merged, truth)
+        bragg = ExtractionSettings.from_phil(params.extract).bragg
+        exclusion = bragg.metric(merged.grid.cell, merged.grid.rotations)
+        comparison = compare(merged, truth, exclusion=exclusion)
     logger.info(comparison.as_table())
     record["truth"] = comparison.as_dict()
     title = f"{params.merge.output.map} against {os.path.basename(params.truth)}"

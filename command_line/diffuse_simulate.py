@@ -34,6 +34,7 @@ from libtbx.utils import Sorry
 
 import dials.util
 from dials.util.options import ArgumentParser
+from dials_diffuse.io.inputs import write_mask
 from dials_diffuse.io.truth import write_truth
 from dials_diffuse.simulation.forecast import forecast
 from dials_diffuse.simulation.settings import SimulationSettings
@@ -66,7 +67,7 @@ def check_output(params: Any) -> None:
     """
     if not params.output.experiments:
         raise ValueError("Please give a name for the models: output.experiments")
-    for option in ("experiments", "truth", "log"):
+    for option in ("experiments", "truth", "mask", "log"):
         name = getattr(params.output, option)
         folder = os.path.dirname(os.path.realpath(name)) if name else ""
         if name and not os.path.isdir(folder):
@@ -108,6 +109,10 @@ def process(params: Any, phil: str) -> None:
         return
     if params.output.truth:
         write_true_map(simulation, params, phil)
+    if params.output.mask:
+        with atomic_path(params.output.mask) as path:
+            write_mask(path, simulation.good_pixels())
+        logger.info("Mask of gaps and beam stop written to %s", params.output.mask)
     start = time.perf_counter()
     folder = Path(params.output.directory)
     experiments = write_images(simulation, folder, params.output.prefix)

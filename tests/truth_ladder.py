@@ -9,7 +9,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Callable
 
-import numpy as np
 from simulate_images import memory_experiment
 
 from dxtbx.model.experiment_list import ExperimentList
@@ -98,16 +97,6 @@ def simulated_experiments(
     return result
 
 
-def good_pixels(simulation: Simulation) -> tuple[np.ndarray, ...]:
-    """Neither between the modules nor behind the beam stop."""
-    return tuple(
-        (active & (shadow > 0.5)).reshape(pixels.shape)
-        for active, shadow, pixels in zip(
-            simulation.active, simulation.detector.shadows, simulation.detector.panels
-        )
-    )
-
-
 def merged_map(
     experiments: ExperimentList, settings: ExtractionSettings, folder: Path
 ) -> Path:
@@ -168,7 +157,7 @@ def climb(
         ndiv=settings.grid.ndiv,
         d_min=settings.grid.d_min,
         bragg=exclusion,
-        mask=good_pixels(simulation),
+        mask=tuple(simulation.good_pixels()),
         corrections=CorrectionSettings(
             **{
                 "path": air.path,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 from typing import Sequence
 
@@ -43,6 +44,21 @@ def read_mask(path: str) -> tuple[np.ndarray, ...]:
     raise ValueError(
         f"Cannot read the mask {path} ({reason}): give a file of dials.generate_mask"
     )
+
+
+def write_mask(path: str | os.PathLike, masks: Sequence[np.ndarray]) -> None:
+    """Write a mask as dials.generate_mask does.
+
+    Args:
+        path: File to make; pass the path of ``atomic_path``.
+        masks: True for good pixels, (n_slow, n_fast) for each panel.
+    """
+    # copies: arrays that share numpy's memory do not pickle
+    flex_masks = tuple(
+        flumpy.from_numpy(np.ascontiguousarray(mask)).deep_copy() for mask in masks
+    )
+    with open(path, "wb") as handle:
+        pickle.dump(flex_masks, handle, pickle.HIGHEST_PROTOCOL)
 
 
 def check_identifiers(inputs: Sequence[FilenameDataWrapper]) -> None:

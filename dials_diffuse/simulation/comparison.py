@@ -24,7 +24,7 @@ import dataclasses
 import itertools
 import math
 import os
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
 import numpy as np
 
@@ -46,6 +46,8 @@ SCALES = ("fit", "absolute")
 # Differences between the cells of the two grids that are still refinement errors.
 MAX_RELATIVE_LENGTH = 0.01
 MAX_ANGLE = 1.0  # degrees
+
+CUT_POINTS = 9  # along each edge of a voxel, to see whether an ellipsoid cuts it
 
 MAX_ROUNDS = 50  # of the fit of the scale
 PRECISION = 1e-12  # relative change of the scale that ends it
@@ -277,6 +279,7 @@ def compare(
     n_shells: int = 10,
     scale: str = "fit",
     exclude_halo: float | None = None,
+    exclusion: Sequence[float] | None = None,
 ) -> Comparison:
     """The comparison of a merged map with the truth of its simulation.
 
@@ -287,6 +290,9 @@ def compare(
         scale: fit the scale of the map, or take it as it is (absolute).
         exclude_halo: Leave out voxels whose centres are this near to a Bragg position,
             Å⁻¹; None leaves out none.
+        exclusion: The Bragg exclusion of the extraction, as
+            ``BraggSettings.metric``: voxels that it cuts are left out, since the map has
+            the mean of what remains of them.
 
     Raises:
         ValueError: A file is not what it should be, or the two do not fit together.
@@ -296,12 +302,15 @@ def compare(
             merged = stack.enter_context(MapFile(merged))
         if not isinstance(truth, TruthFile):
             truth = stack.enter_context(TruthFile(truth))
-        voxels = matched_voxels(merged, truth, exclude_halo)
+        voxels = matched_voxels(merged, truth, exclude_halo, exclusion)
     return compare_voxels(voxels, n_shells, scale)
 
 
 def matched_voxels(
-    merged: MapFile, truth: TruthFile, exclude_halo: float | None = None
+    merged: MapFile,
+    truth: TruthFile,
+    exclude_halo: float | None = None,
+    exclusion: Sequence[float] | None = None,
 ) -> MatchedVoxels:
     """The unique voxels of a map that can be compared with the truth.
 
@@ -313,7 +322,7 @@ def matched_voxels(
     Args:
         merged: The map.
         truth: The truth.
-        exclude_halo: Distance from the Bragg positions, Å⁻¹ (see ``compare``).
+        exclude_halo, exclusion: See ``compare``.
 
     Raises:
         ValueError: The grids differ, or no voxel is left.
@@ -333,6 +342,8 @@ def matched_voxels(
     }
     if exclude_halo is not None:
         reasons["near Bragg positions"] = bragg_distance(grid, index) <= exclude_halo
+    if exclusion is not None:
+        reasons["cut by the Bragg exclusion"] = is_cut(grid, index, exclusion)
     kept = np.ones(len(index), dtype=bool)
     left_out = {}
     for reason, dropped in reasons.items():
@@ -412,6 +423,27 @@ def is_whole(grid: Grid, s: np.ndarray) -> np.ndarray:
     if grid.d_max is not None:
         whole &= s - grid.half_diagonal >= 1 / grid.d_max
     return whole
+
+
+def is_cut(grid: Grid, index: np.ndarray, exclusion: Sequence[float]) -> np.ndarray:
+    """Whether some part of voxels lies in the ellipsoid about a Bragg position.
+
+    Args:
+        grid: The grid.
+        index: Voxel indices, shape (n, 3).
+        exclusion: g11, g22, g33, g12, g13, g23 of the ellipsoid g(dh, dh) < 1.
+    """
+    g11, g22, g33, g12, g13, g23 = exclusion
+    metric = np.array([[g11, g12, g13], [g12, g22, g23], [g13, g23, g33]])
+    ndiv = np.array(grid.ndiv)
+    across = np.linspace(-0.5, 0.5, CUT_POINTS)
+    points = np.stack(np.meshgrid(across, across, across), axis=-1).reshape(-1, 3)
+    # what happens to a voxel depends only on its place in the reciprocal cell
+    places, number = np.unique(index % ndiv, axis=0, return_inverse=True)
+    h = (places[:, None, :] + points) / ndiv
+    h -= np.rint(h)
+    inside = np.einsum("npi,ij,npj->np", h, metric, h) < 1
+    return inside.any(axis=1)[number.ravel()]
 
 
 def bragg_distance(grid: Grid, index: np.ndarray) -> np.ndarray:

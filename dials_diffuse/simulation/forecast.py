@@ -115,17 +115,11 @@ def coverage(simulation: Simulation, grid: Grid) -> dict[str, np.ndarray]:
         ValueError: No voxel is seen.
     """
     settings = simulation.settings
-    mask = tuple(
-        (active & (shadow > 0.5)).reshape(pixels.shape)
-        for active, shadow, pixels in zip(
-            simulation.active, simulation.detector.shadows, simulation.detector.panels
-        )
-    )
     air = settings.air
     extraction = ExtractionSettings(
         ndiv=grid.ndiv,
         d_min=grid.d_min,
-        mask=mask,
+        mask=tuple(simulation.good_pixels()),
         corrections=CorrectionSettings(
             path=air.path, temperature=air.temperature, pressure=air.pressure
         ),

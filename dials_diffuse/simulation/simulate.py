@@ -65,6 +65,15 @@ class Simulation:
             for number, active in enumerate(self.active)
         ]
 
+    def good_pixels(self) -> list[np.ndarray]:
+        """Pixels neither between the modules nor behind the beam stop, for each panel."""
+        return [
+            (active & (shadow > 0.5)).reshape(pixels.shape)
+            for active, shadow, pixels in zip(
+                self.active, self.detector.shadows, self.detector.panels
+            )
+        ]
+
     def exposure(self, series: Series, i: int) -> Exposure:
         """Image i of a series."""
         settings = self.settings

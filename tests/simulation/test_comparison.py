@@ -16,7 +16,12 @@ from dials_diffuse.io.truth import PARTS, Truth, write_truth
 from dials_diffuse.merging.merge import MergingSettings, merge
 from dials_diffuse.merging.sums import number_voxels, unique_voxels, unpack
 from dials_diffuse.simulation import comparison
-from dials_diffuse.simulation.comparison import MatchedVoxels, compare, compare_voxels
+from dials_diffuse.simulation.comparison import (
+    MatchedVoxels,
+    compare,
+    compare_voxels,
+    is_cut,
+)
 
 # a = b, but not by symmetry: h and k can be exchanged by mistake.
 GRID = Grid((22.0, 22.0, 27.0, 90, 90, 90), (2, 2, 2), " P 2ac 2ab", 2.2)
@@ -463,3 +468,19 @@ def test_empty_shells_have_dashes():
     assert (empty.n_voxels, empty.ratio, empty.cc) == (0, None, None)
     assert result.rows()[5][3:] == ["-"] * 10
     json.dumps(result.as_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("radius", [0.1, 0.25, 0.4])
+def test_voxels_that_an_exclusion_cuts(radius):
+    """With two voxels per cell an exclusion of up to 1/4 cuts those on Bragg positions."""
+    grid = Grid((20.0, 30.0, 40.0, 90.0, 90.0, 90.0), (2, 2, 2), "P 2 2", 5.0)
+    index = np.array(
+        [[0, 0, 0], [2, -4, 6], [1, 0, 0], [1, 1, 3], [3, 2, 1], [-1, 0, 2]]
+    )
+    metric = (radius**-2,) * 3 + (0.0,) * 3
+    on_bragg = np.all(index % 2 == 0, axis=1)
+    # the near face of the voxel at (1/2, 0, 0) is at 1/4, the near edge of the one at
+    # (1/2, 0, 1/2) at sqrt(2)/4, the near corner of (1/2, 1/2, 1/2) at sqrt(3)/4
+    distance = np.sqrt(np.sum(index % 2 != 0, axis=1)) / 4
+    expected = on_bragg | (distance < radius)
+    np.testing.assert_array_equal(is_cut(grid, index, metric), expected)

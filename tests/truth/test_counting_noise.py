@@ -22,9 +22,7 @@ L3 = vary(
     [
         pytest.param(1e9, {}, id="rotation"),
         pytest.param(1e8, {}, id="a few photons in each voxel"),
-        pytest.param(
-            1e8, {"mode": "stills", "scan": {"exposure": 1.0}}, id="stills"
-        ),
+        pytest.param(1e8, {"mode": "stills", "scan": {"exposure": 1.0}}, id="stills"),
         pytest.param(
             1e9,
             {"detector": {"gain": 4.0, "thickness": 0.3}, "seed": 5},

@@ -85,8 +85,10 @@ def test_space_groups(tmp_path, symbol):
     changes = {
         "crystal": {"space_group": symbol, "unit_cell": uctbx.unit_cell(CELLS[symbol])}
     }
-    assert sgtbx.space_group_info(symbol).group().is_compatible_unit_cell(
-        changes["crystal"]["unit_cell"]
+    assert (
+        sgtbx.space_group_info(symbol)
+        .group()
+        .is_compatible_unit_cell(changes["crystal"]["unit_cell"])
     )
     assert_is_truth(climb(vary(L1, **changes), tmp_path, n_shells=6))
 
@@ -119,5 +121,7 @@ def test_scan_varying_crystal(tmp_path):
             e.crystal.reset_scan_points()
 
     (tmp_path / "static").mkdir()
-    static = climb(settings, tmp_path / "static", prepare=drift, spoil=forget, n_shells=6)
+    static = climb(
+        settings, tmp_path / "static", prepare=drift, spoil=forget, n_shells=6
+    )
     assert static.overall.cc_anisotropic < 0.99
