@@ -97,8 +97,30 @@ def simulated_experiments(
     return result
 
 
+def extraction_settings(
+    simulation: Simulation, exclusion: BraggSettings, **corrections: Any
+) -> ExtractionSettings:
+    """Settings that fit a simulation; ``corrections`` override the right ones."""
+    settings = simulation.settings
+    right = {
+        "path": settings.air.path,
+        "temperature": settings.air.temperature,
+        "pressure": settings.air.pressure,
+    }
+    return ExtractionSettings(
+        ndiv=settings.grid.ndiv,
+        d_min=settings.grid.d_min,
+        bragg=exclusion,
+        mask=tuple(simulation.good_pixels()),
+        corrections=CorrectionSettings(**{**right, **corrections}),
+    )
+
+
 def merged_map(
-    experiments: ExperimentList, settings: ExtractionSettings, folder: Path
+    experiments: ExperimentList,
+    settings: ExtractionSettings,
+    folder: Path,
+    n_shells: int = 20,
 ) -> Path:
     """Extraction and merging."""
     grid = make_grid(experiments, settings)
@@ -106,7 +128,7 @@ def merged_map(
     extract(experiments, grid, settings, refl)
     with ObservationFile(refl) as table:
         with MapWriter(path, grid, list(table.identifiers.values())) as writer:
-            merge([table], MergingSettings(), writer)
+            merge([table], MergingSettings(n_shells=n_shells), writer)
     return path
 
 
@@ -152,21 +174,7 @@ def climb(
     prepare(simulation)
     experiments = simulated_experiments(simulation, noise)
     spoil(experiments)
-    air = settings.air
-    extraction = ExtractionSettings(
-        ndiv=settings.grid.ndiv,
-        d_min=settings.grid.d_min,
-        bragg=exclusion,
-        mask=tuple(simulation.good_pixels()),
-        corrections=CorrectionSettings(
-            **{
-                "path": air.path,
-                "temperature": air.temperature,
-                "pressure": air.pressure,
-                **(corrections or {}),
-            }
-        ),
-    )
+    extraction = extraction_settings(simulation, exclusion, **(corrections or {}))
     merged = merged_map(experiments, extraction, folder)
     comparison.setdefault("scale", "absolute")
     return compare(merged, true_map_file(simulation, folder), **comparison)

@@ -433,17 +433,21 @@ def is_cut(grid: Grid, index: np.ndarray, exclusion: Sequence[float]) -> np.ndar
         index: Voxel indices, shape (n, 3).
         exclusion: g11, g22, g33, g12, g13, g23 of the ellipsoid g(dh, dh) < 1.
     """
-    g11, g22, g33, g12, g13, g23 = exclusion
-    metric = np.array([[g11, g12, g13], [g12, g22, g23], [g13, g23, g33]])
     ndiv = np.array(grid.ndiv)
     across = np.linspace(-0.5, 0.5, CUT_POINTS)
     points = np.stack(np.meshgrid(across, across, across), axis=-1).reshape(-1, 3)
     # what happens to a voxel depends only on its place in the reciprocal cell
     places, number = np.unique(index % ndiv, axis=0, return_inverse=True)
-    h = (places[:, None, :] + points) / ndiv
-    h -= np.rint(h)
-    inside = np.einsum("npi,ij,npj->np", h, metric, h) < 1
+    inside = is_excluded((places[:, None, :] + points) / ndiv, exclusion)
     return inside.any(axis=1)[number.ravel()]
+
+
+def is_excluded(hkl: np.ndarray, exclusion: Sequence[float]) -> np.ndarray:
+    """Whether fractional Miller indices, shape (..., 3), lie in an ellipsoid."""
+    g11, g22, g33, g12, g13, g23 = exclusion
+    metric = np.array([[g11, g12, g13], [g12, g22, g23], [g13, g23, g33]])
+    delta = hkl - np.rint(hkl)
+    return np.einsum("...i,ij,...j->...", delta, metric, delta) < 1
 
 
 def bragg_distance(grid: Grid, index: np.ndarray) -> np.ndarray:

@@ -29,17 +29,26 @@ from scitbx.array_family import flex
 
 from dials.util import tabulate
 from dials_diffuse.extraction.extract import extract
-from dials_diffuse.extraction.settings import CorrectionSettings, ExtractionSettings
+from dials_diffuse.extraction.settings import (
+    BraggSettings,
+    CorrectionSettings,
+    ExtractionSettings,
+)
 from dials_diffuse.grid import Grid
 from dials_diffuse.io.maps import MapWriter, read_map
 from dials_diffuse.io.observations import ObservationFile
 from dials_diffuse.merging.merge import MergingSettings, merge
 from dials_diffuse.merging.statistics import IsotropicMean, shell_edges, shell_number
+from dials_diffuse.simulation.comparison import is_cut, is_excluded
 from dials_diffuse.simulation.exposure import air_shape
+from dials_diffuse.simulation.sample import Sample
 from dials_diffuse.simulation.simulate import Simulation
 from dials_diffuse.simulation.truth import true_voxels, truth_grid
 
 logger = logging.getLogger("dials.diffuse.simulate")
+
+CUT_POINTS = 6  # along each edge of a voxel that the Bragg exclusion cuts
+CUT_BLOCK = 2000  # such voxels at a time
 
 COLUMNS = (
     "index",
@@ -137,6 +146,33 @@ def coverage(simulation: Simulation, grid: Grid) -> dict[str, np.ndarray]:
         return dict(read_map(path, COLUMNS).columns)
 
 
+def expected_means(sample: Sample, grid: Grid, index: np.ndarray) -> np.ndarray:
+    """What voxels will hold, electrons² per cell, shape (n,).
+
+    The mean over the whole voxel, or over what the Bragg exclusion leaves of it.
+
+    Args:
+        sample: What scatters.
+        grid: The grid.
+        index: Voxel indices, shape (n, 3).
+    """
+    result = true_voxels(sample, grid, index)["intensity"]
+    metric = BraggSettings().metric(grid.cell, grid.rotations)
+    cut = np.flatnonzero(is_cut(grid, index, metric))
+    across = (np.arange(CUT_POINTS) + 0.5) / CUT_POINTS - 0.5
+    points = np.stack(np.meshgrid(across, across, across), axis=-1).reshape(-1, 3)
+    for block in np.array_split(cut, 1 + len(cut) // CUT_BLOCK):
+        hkl = (index[block, None, :] + points) / np.array(grid.ndiv)
+        left = ~is_excluded(hkl, metric)
+        values = sample.diffuse(hkl.reshape(-1, 3).T).reshape(left.shape)
+        isotropic = sample.isotropic(grid.s(index[block]))
+        total = np.sum(values * left, axis=1)
+        n_left = left.sum(axis=1)
+        seen = n_left > 0
+        result[block[seen]] = total[seen] / n_left[seen] + isotropic[seen]
+    return result
+
+
 @dataclasses.dataclass(frozen=True)
 class ShellForecast:
     """What to expect in a resolution shell.
@@ -177,16 +213,14 @@ def forecast_shells(simulation: Simulation, n_shells: int = 10) -> list[ShellFor
     voxels = coverage(simulation, grid)
     index = voxels["index"]
     s = grid.s(index)
-    parts = true_voxels(simulation.sample, grid, index)
-    power = simulation.sample.power
-    intensity = power * parts["intensity"] + _air_rate(simulation, s)
+    signal = simulation.sample.power * expected_means(simulation.sample, grid, index)
+    intensity = signal + _air_rate(simulation, s)
     isotropic = IsotropicMean(float(s.max()), ("signal",))
-    signal = power * parts["intensity"]
     isotropic.add(s, {"signal": signal})
     variation = signal - isotropic.isotropic("signal", s)
 
     possible = grid.s(grid.asu_indices())
-    edges = shell_edges(float(possible.min()), 1 / grid.d_min, n_shells)
+    edges = shell_edges(possible.min(), possible.max(), n_shells)
     possible_shell = shell_number(possible, edges)
     shell = np.where(grid.in_resolution_range(s), shell_number(s, edges), -1)
     return [
