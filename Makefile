@@ -1,6 +1,7 @@
 # Everything on a Debian machine, from bookworm on:
 #   make test         all tests                       (PYTEST_ARGS="-k scaling")
-#   make demo         maps from the test data         (DATA=folder OUT=folder)
+#   make demo         simulated images to maps        (OUT=folder)
+#   make demo DATA=folder    maps of the SNase stills in a folder of test data
 #   make benchmark    times of the pixel loop
 #   make lint         style of Python and C++, as far as ruff and clang-format are there
 #   make sdist        source archive in dist/
@@ -37,7 +38,11 @@ test: install
 	$(RUN) $(VENV)/bin/python -m pytest --import-mode=importlib -ra tests $(PYTEST_ARGS)
 
 demo: install
-	$(RUN) sh demo/run.sh "$(DATA)" "$(OUT)"
+ifeq ($(origin DATA),command line)
+	$(RUN) sh demo/snase_stills.sh "$(DATA)" "$(OUT)"
+else
+	$(RUN) sh demo/simulated.sh "$(OUT)"
+endif
 
 benchmark: install
 	$(RUN) $(VENV)/bin/python benchmarks/extract.py

@@ -65,7 +65,7 @@ def snase_map(diffuse_data, tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
     if shutil.which("dials.diffuse_extract") is None:
         pytest.skip("the commands are not on PATH")
-    subprocess.run(["sh", ROOT / "demo" / "run.sh", data, out], check=True)
+    subprocess.run(["sh", ROOT / "demo" / "snase_stills.sh", data, out], check=True)
     return out
 
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# A first map of the SNase stills: sh demo/run.sh DATA OUT
+# A first map of the SNase stills: sh demo/snase_stills.sh DATA OUT
 # DATA holds the folder snase_stills; the map and its pictures go to OUT.
 set -eu
 data=$1
