@@ -37,7 +37,8 @@ from dials.util.options import ArgumentParser
 from dials_diffuse.io.inputs import write_mask
 from dials_diffuse.io.truth import write_truth
 from dials_diffuse.simulation.forecast import forecast
-from dials_diffuse.simulation.settings import SimulationSettings
+from dials_diffuse.simulation.models import needs_nexus
+from dials_diffuse.simulation.settings import DetectorSettings, SimulationSettings
 from dials_diffuse.simulation.simulate import Simulation, log_simulation, write_images
 from dials_diffuse.simulation.truth import (
     describe_truth,
@@ -63,21 +64,52 @@ def check_output(params: Any) -> None:
     """Check the names of the output files, and make the folder for the images.
 
     Raises:
-        ValueError: A folder is missing, or a name is not given.
+        ValueError: A folder is missing, or a name is not given, used twice or will not do.
     """
-    if not params.output.experiments:
+    output = params.output
+    if not output.experiments:
         raise ValueError("Please give a name for the models: output.experiments")
+    if os.path.splitext(output.experiments)[1] not in (".expt", ".json"):
+        raise ValueError(
+            f"output.experiments={output.experiments} must end in .expt or .json"
+        )
+    if not output.prefix or os.path.basename(output.prefix) != output.prefix:
+        raise ValueError(
+            f"output.prefix={output.prefix} must be the beginning of file names: use "
+            "output.directory for the folder"
+        )
+    used = set()
     for option in ("experiments", "truth", "mask", "log"):
-        name = getattr(params.output, option)
-        folder = os.path.dirname(os.path.realpath(name)) if name else ""
-        if name and not os.path.isdir(folder):
+        name = getattr(output, option)
+        if not name:
+            continue
+        folder, _ = os.path.split(os.path.realpath(name))
+        if not os.path.isdir(folder):
             raise ValueError(f"output.{option}={name}: there is no folder {folder}")
+        if os.path.realpath(name) in used:
+            raise ValueError(f"output.{option}={name} is in use: give another name")
+        used.add(os.path.realpath(name))
+    if params.dry_run:
+        return
     try:
-        os.makedirs(params.output.directory, exist_ok=True)
+        os.makedirs(output.directory, exist_ok=True)
     except OSError as e:
         raise ValueError(
-            f"Cannot make output.directory={params.output.directory}: {e.strerror}"
+            f"Cannot make output.directory={output.directory}: {e.strerror}"
         ) from None
+
+
+def check_detector(detector: DetectorSettings) -> None:
+    """Check that there is a format for the images, before they are made.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if needs_nexus(detector) and not detector.thickness > 0:
+        raise ValueError(
+            "detector.thickness=0 goes with one panel at detector.two_theta=0 only: dxtbx "
+            "reads no NeXus file without the thickness of the sensor"
+        )
 
 
 def write_true_map(simulation: Simulation, params: Any, phil: str) -> None:
@@ -102,7 +134,9 @@ def write_true_map(simulation: Simulation, params: Any, phil: str) -> None:
 
 def process(params: Any, phil: str) -> None:
     """Simulate and write the output, or say what it would be."""
-    simulation = Simulation(SimulationSettings.from_phil(params))
+    settings = SimulationSettings.from_phil(params)
+    check_detector(settings.detector)
+    simulation = Simulation(settings)
     log_simulation(simulation)
     if params.dry_run:
         forecast(simulation)

@@ -20,7 +20,8 @@ from dials_diffuse.extraction.settings import (
     CorrectionSettings,
     ExtractionSettings,
 )
-from dials_diffuse.io.maps import MapWriter
+from dials_diffuse.grid import Grid
+from dials_diffuse.io.maps import MapFile, MapWriter
 from dials_diffuse.io.observations import ObservationFile
 from dials_diffuse.io.truth import write_truth
 from dials_diffuse.merging.merge import MergingSettings, merge
@@ -132,10 +133,12 @@ def merged_map(
     return path
 
 
-def true_map_file(simulation: Simulation, folder: Path) -> Path:
-    """The truth."""
+def true_map_file(
+    simulation: Simulation, folder: Path, grid: Grid | None = None
+) -> Path:
+    """The truth, on the grid of the settings or another."""
     path = folder / "truth.h5"
-    grid = truth_grid(
+    grid = grid or truth_grid(
         simulation.settings, simulation.sample, simulation.series[0].experiments
     )
     index, parts, numbers = true_map(simulation.sample, grid)
@@ -156,6 +159,7 @@ def climb(
     spoil: Callable[[ExperimentList], None] = lambda experiments: None,
     exclusion: BraggSettings = BraggSettings(exclusion="none"),
     corrections: dict[str, Any] | None = None,
+    truth_on_grid_of_map: bool = False,
     **comparison: Any,
 ) -> Comparison:
     """Simulate, extract, merge, and compare with the truth.
@@ -168,6 +172,7 @@ def climb(
         spoil: Changes the models that extraction gets.
         exclusion: Of Bragg peaks.
         corrections: What differs from the default corrections.
+        truth_on_grid_of_map: Even if its symmetry is not that of the simulation.
         comparison: Options of ``compare``.
     """
     simulation = Simulation(settings)
@@ -177,4 +182,6 @@ def climb(
     extraction = extraction_settings(simulation, exclusion, **(corrections or {}))
     merged = merged_map(experiments, extraction, folder)
     comparison.setdefault("scale", "absolute")
-    return compare(merged, true_map_file(simulation, folder), **comparison)
+    with MapFile(merged) as handle:
+        grid = handle.grid if truth_on_grid_of_map else None
+    return compare(merged, true_map_file(simulation, folder, grid), **comparison)

@@ -125,10 +125,16 @@ def coverage(simulation: Simulation, grid: Grid) -> dict[str, np.ndarray]:
     """
     settings = simulation.settings
     air = settings.air
+    good = simulation.good_pixels()
+    if not any(mask.any() for mask in good):
+        raise ValueError(
+            f"The beam stop, {settings.detector.beamstop:g} mm in radius, hides the whole "
+            "detector: use a smaller detector.beamstop"
+        )
     extraction = ExtractionSettings(
         ndiv=grid.ndiv,
         d_min=grid.d_min,
-        mask=tuple(simulation.good_pixels()),
+        mask=tuple(good),
         corrections=CorrectionSettings(
             path=air.path, temperature=air.temperature, pressure=air.pressure
         ),

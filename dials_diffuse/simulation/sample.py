@@ -24,7 +24,7 @@ class Sample:
     Args:
         settings: The settings.
         contents: Atoms and cell.
-        s_max: Largest s = 1/d on the detector, Å⁻¹.
+        s_max: Largest s = 1/d on the detector or in the true map, Å⁻¹.
 
     Attributes:
         contents: Atoms and cell.
@@ -48,8 +48,9 @@ class Sample:
             self.contents, self.bragg, settings.diffuse, settings.seed
         )
         self.peak_shape = _peak_shape(settings)
-        halo = settings.diffuse.halo_displacement > 0
-        longest = settings.diffuse.halo_length if halo else settings.diffuse.length
+        longest = settings.diffuse.length
+        if settings.diffuse.halo_displacement > 0:
+            longest = max(longest, settings.diffuse.halo_length)
         self.sharpness = 2 * math.pi * longest
         s = np.arange(0, s_max + 10 * S_STEP, S_STEP)
         self._solvent = CubicSpline(s, self._solvent_ring(s, settings))

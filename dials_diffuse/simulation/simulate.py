@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
+import glob
 import logging
 import multiprocessing
 import signal
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Iterator
 
@@ -40,6 +42,17 @@ logger = logging.getLogger("dials.diffuse.simulate")
 # fork hands over the sample and the detector arrays without a copy
 FORK = multiprocessing.get_context("fork")
 
+# Enough to saturate any detector, and not too many for numpy's Poisson deviates.
+MOST_PHOTONS = 1e18
+OVERLAP = 3.0  # standard deviations of a peak that a reciprocal cell must hold
+
+
+def series_scales(settings: SimulationSettings, number: int) -> np.ndarray:
+    """Relative scales of the images of a series: all 1 for those without crystal."""
+    if number > settings.n_crystals:
+        return np.ones(settings.background.n_images)
+    return image_scales(settings, number)
+
 
 class Simulation:
     """A crystal, its experiments, and the images that a detector takes of it.
@@ -58,7 +71,10 @@ class Simulation:
         first = self.series[0].experiments[0]
         self.detector = Detector(first, settings, shadow(settings, first.detector))
         self.active = [mask.ravel() for mask in gap_mask(settings)]
-        self.sample = Sample(settings, contents, self.detector.s_max)
+        s_max = self.detector.s_max
+        if settings.grid.d_min is not None:  # the true map may reach farther
+            s_max = max(s_max, 1 / settings.grid.d_min)
+        self.sample = Sample(settings, contents, s_max)
         self.model = ImageModel(self.sample, settings, self.detector)
         self.defects: list[Defects] = [
             make_defects(settings, number, len(active))
@@ -82,7 +98,7 @@ class Simulation:
         return Exposure(
             experiment=experiments[0 if is_sweep else i],
             index=i if is_sweep else 0,
-            scale=float(image_scales(settings, series.number)[i]),
+            scale=float(series_scales(settings, series.number)[i]),
             time=settings.scan.exposure,
             absorption=Absorption(settings, series.number),
         )
@@ -99,7 +115,7 @@ class Simulation:
         """What the detector stores: int32, (n_slow, n_fast) for each panel."""
         return [
             detect(
-                photons.ravel(),
+                np.minimum(photons.ravel(), MOST_PHOTONS),
                 self.active[number],
                 self.defects[number],
                 self.settings,
@@ -143,7 +159,7 @@ def _images(simulation: Simulation, number: int) -> Iterator[list[np.ndarray]]:
                     yield pending.pop(0).result()
             for future in pending:
                 yield future.result()
-    except concurrent.futures.process.BrokenProcessPool:
+    except BrokenProcessPool:
         raise ValueError(
             "A worker process was ended from outside, perhaps for want of memory: use "
             "a smaller mp.nproc"
@@ -188,6 +204,7 @@ def _write_series(
     nexus = needs_nexus(settings.detector)
     paths = image_paths(series, folder, prefix, nexus)
     first = series.experiments[0]
+    _warn_of_earlier_images(paths)
     if nexus:
         shapes = [pixels.shape for pixels in simulation.detector.panels]
         active = [a.reshape(shape) for a, shape in zip(simulation.active, shapes)]
@@ -204,6 +221,20 @@ def _write_series(
             width=series.width,
         )
     return paths
+
+
+def _warn_of_earlier_images(paths: list[Path]) -> None:
+    """Warn of files that a template would take for more images of a series."""
+    start = paths[0].with_suffix("").as_posix().rsplit("_", 1)[0]
+    found = {Path(name) for name in glob.glob(f"{glob.escape(start)}_[0-9]*.cbf")}
+    others = sorted(found - set(paths))
+    if others:
+        logger.warning(
+            "Warning: %d images of another simulation are in the same folder, the first "
+            "is %s. dials.import may take them for images of this one",
+            len(others),
+            others[0],
+        )
 
 
 def _counted(images: Iterator, bar: progress) -> Iterator:
@@ -238,3 +269,13 @@ def log_simulation(simulation: Simulation) -> None:
             shape.sigma,
             np.degrees(shape.mosaicity),
         )
+        half = 0.5 / max(contents.unit_cell.parameters()[:3])
+        widest = float(shape.across(simulation.detector.s_max))
+        if OVERLAP * widest > half:
+            logger.warning(
+                "Warning: Bragg peaks of standard deviation %.2e 1/Å overlap and are cut "
+                "off at %.2e 1/Å, half-way to the next: use a smaller bragg.sigma, "
+                "bragg.mosaicity or crystal.unit_cell",
+                widest,
+                half,
+            )

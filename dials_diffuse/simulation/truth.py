@@ -12,8 +12,9 @@ from dials_diffuse.grid import Grid
 from dials_diffuse.io.truth import SeriesTruth, Truth
 from dials_diffuse.merging.sums import number_voxels, unique_voxels, unpack
 from dials_diffuse.simulation.sample import S_STEP, Sample
-from dials_diffuse.simulation.scales import Absorption, image_scales
+from dials_diffuse.simulation.scales import Absorption
 from dials_diffuse.simulation.settings import SimulationSettings
+from dials_diffuse.simulation.simulate import series_scales
 from dials_diffuse.util.compat import miller_index_to_numpy
 
 
@@ -23,11 +24,18 @@ def truth_grid(
     """The grid that the settings ask for.
 
     Raises:
-        ValueError: The grid breaks the symmetry or is too large.
+        ValueError: The grid breaks the symmetry, is too large, or goes beyond what can be
+            seen at the wavelength.
     """
     d_min = settings.grid.d_min
     if d_min is None:
         d_min = max(detector_limits(experiment)[0] for experiment in experiments[:1])
+    wavelength = settings.beam.wavelength
+    if d_min < wavelength / 2:
+        raise ValueError(
+            f"grid.d_min={d_min:g} is less than half the wavelength, {wavelength / 2:g} Å: "
+            "no detector sees so far"
+        )
     contents = sample.contents
     return Grid(
         unit_cell=contents.unit_cell.parameters(),
@@ -62,8 +70,17 @@ def true_voxels(sample: Sample, grid: Grid, index: np.ndarray) -> dict[str, np.n
 def true_map(
     sample: Sample, grid: Grid
 ) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
-    """The unique voxels of a grid, their true parts, and who has which in the box."""
+    """The unique voxels of a grid, their true parts, and who has which in the box.
+
+    Raises:
+        ValueError: The grid has no voxel.
+    """
     packed = unique_voxels(grid)
+    if len(packed) == 0:
+        raise ValueError(
+            f"No voxel lies within grid.d_min={grid.d_min:g}: use a smaller d_min or a "
+            "larger grid.ndiv"
+        )
     index = unpack(packed)
     return index, true_voxels(sample, grid, index), number_voxels(grid, packed)
 
@@ -75,7 +92,7 @@ def series_truth(
     absorption = Absorption(settings, number)
     return SeriesTruth(
         identifiers=identifiers,
-        scale=image_scales(settings, number),
+        scale=series_scales(settings, number),
         absorption=absorption.strength,
         way_out=absorption.u,
         way_in=absorption.v,

@@ -62,3 +62,12 @@ def test_excluded_peaks_leave_nothing_behind(tmp_path):
     assert halo.sum() > 1000 and cloudy.sum() > 100
     assert bias(comparison, halo) == pytest.approx(0, abs=0.01)
     assert bias(comparison, cloudy) == pytest.approx(0, abs=0.001)
+
+
+@pytest.mark.slow
+def test_peaks_that_are_not_excluded_show(tmp_path):
+    """Negative control."""
+    settings = vary(PEAKS, n_images=60)
+    nothing = climb(settings, tmp_path)
+    peaks = farthest_corner(nothing) < RADIUS
+    assert bias(nothing, peaks) > 10

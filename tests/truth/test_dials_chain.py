@@ -11,8 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from dials_diffuse.command_line import diffuse_extract, diffuse_merge
-from dials_diffuse.command_line import diffuse_process, diffuse_simulate
+from dials_diffuse.command_line import (
+    diffuse_extract,
+    diffuse_merge,
+    diffuse_process,
+    diffuse_simulate,
+)
 from dials_diffuse.simulation.comparison import compare
 
 CELL = "34,38,42,90,90,90"

@@ -9,7 +9,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 from truth_ladder import SMALL, climb, vary
 
-from cctbx import uctbx
+from cctbx import sgtbx, uctbx
 from dxtbx.model import SimplePxMmStrategy
 
 from dials_diffuse.simulation.settings import SimulationSettings
@@ -96,3 +96,21 @@ def test_wrong_gain(tmp_path, faultless):
     assert dataclasses.asdict(spoilt.overall)["cc"] == pytest.approx(
         faultless.overall.cc
     )
+
+
+def test_wrong_space_group(tmp_path):
+    """A monoclinic crystal with a cell of right angles, merged as orthorhombic."""
+    settings = vary(L1, crystal={"space_group": "P 1 2 1"})
+
+    def add_axes(experiments) -> None:
+        group = sgtbx.space_group_info("P 2 2 2").group()
+        experiments[0].crystal.set_space_group(group)
+
+    deviations = []
+    for name, spoil in (("right", lambda _: None), ("wrong", add_axes)):
+        (tmp_path / name).mkdir()
+        comparison = climb(
+            settings, tmp_path / name, spoil=spoil, truth_on_grid_of_map=True
+        )
+        deviations.append(comparison.overall.rms_deviation)
+    assert deviations[1] > 5 * deviations[0]
