@@ -69,6 +69,7 @@ def snase_map(diffuse_data, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_snase_stills_are_complete(snase_map):
     """At least 99 % of the unique voxels to 1/d = 0.6 are observed."""
     merged = read_map(snase_map / "merged.h5")
@@ -80,6 +81,7 @@ def test_snase_stills_are_complete(snase_map):
     assert n_seen / len(possible) >= 0.99
 
 
+@pytest.mark.slow
 def test_snase_stills_show_structure(snase_map):
     """The anisotropic part of the map is reproducible between independent halves."""
     statistics = json.loads((snase_map / "dials.diffuse_merge.json").read_text())
@@ -90,6 +92,7 @@ def test_snase_stills_show_structure(snase_map):
     assert "Warning" not in log
 
 
+@pytest.mark.slow
 def test_snase_scales(snase_map):
     """Factors that bring the images on the scale of the first: 0.88 to 2.17."""
     statistics = json.loads((snase_map / "dials.diffuse_merge.json").read_text())
@@ -99,6 +102,7 @@ def test_snase_scales(snase_map):
     assert factor.max() == pytest.approx(2.17, abs=0.08)
 
 
+@pytest.mark.slow
 def test_snase_stills_in_two_settings_are_noticed(in_tmp, diffuse_data, caplog):
     """Negative control: 40 of the stills reindexed by k,h,-l."""
     folder = diffuse_data("snase_stills") / "processed"

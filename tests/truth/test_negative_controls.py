@@ -98,6 +98,7 @@ def test_wrong_gain(tmp_path, faultless):
     )
 
 
+@pytest.mark.slow
 def test_wrong_space_group(tmp_path):
     """A monoclinic crystal with a cell of right angles, merged as orthorhombic."""
     settings = vary(L1, crystal={"space_group": "P 1 2 1"})

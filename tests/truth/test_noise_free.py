@@ -80,7 +80,13 @@ def test_map_is_the_truth(tmp_path, changes):
     assert_is_truth(climb(vary(L1, **changes), tmp_path, n_shells=6))
 
 
-@pytest.mark.parametrize("symbol", CELLS)
+SLOW = ("I 41", "R 3 :H", "P 61", "F 4 3 2", "I 21 3")
+
+
+@pytest.mark.parametrize(
+    "symbol",
+    [pytest.param(s, marks=[pytest.mark.slow] if s in SLOW else []) for s in CELLS],
+)
 def test_space_groups(tmp_path, symbol):
     changes = {
         "crystal": {"space_group": symbol, "unit_cell": uctbx.unit_cell(CELLS[symbol])}
