@@ -50,6 +50,7 @@ import dials_diffuse
 from dials.array_family import flex
 from dials.util.options import ArgumentParser
 from dials.util.version import dials_version
+from dials_diffuse import symmetry
 from dials_diffuse.command_line import diffuse_extract, diffuse_merge
 from dials_diffuse.extraction.settings import ExtractionSettings
 from dials_diffuse.io.inputs import read_mask
@@ -362,6 +363,8 @@ def compare_with_truth(params: Any, record: dict[str, Any]) -> tuple[str, str]:
         bragg = ExtractionSettings.from_phil(params.extract).bragg
         exclusion = bragg.metric(merged.grid.cell, merged.grid.rotations)
         comparison = compare(merged, truth, exclusion=exclusion)
+    for name, text in comparison.summary():
+        logger.info("%s: %s", name, text)
     logger.info(comparison.as_table())
     record["truth"] = comparison.as_dict()
     title = f"{params.merge.output.map} against {os.path.basename(params.truth)}"
@@ -422,8 +425,31 @@ def check_parameters(params: Any, settings: ProcessSettings) -> None:
     if not params.merge.output.map:
         raise ValueError("Please give a file name for the map: merge.output.map")
     if params.truth:
-        with TruthFile(params.truth):
-            pass
+        check_truth(params)
+
+
+def check_truth(params: Any) -> None:
+    """Check that the map will be on the grid of the truth.
+
+    Raises:
+        ValueError: The voxels or the Laue groups differ, or the file is another.
+    """
+    with TruthFile(params.truth) as truth:
+        grid = truth.grid
+    ndiv = ExtractionSettings.from_phil(params.extract).ndiv
+    if ndiv != grid.ndiv:
+        raise ValueError(
+            f"{params.truth} has {','.join(map(str, grid.ndiv))} voxels per reciprocal "
+            f"cell, extract.grid.ndiv is {','.join(map(str, ndiv))}: give it the same"
+        )
+    if params.space_group:
+        laue = symmetry.laue_group(params.space_group.group())
+        if laue != grid.laue_group:
+            raise ValueError(
+                f"space_group={params.space_group} has the Laue group {laue.info()}, "
+                f"{params.truth} {grid.laue_group.info()}: give the space group of the "
+                "simulation"
+            )
 
 
 def process(

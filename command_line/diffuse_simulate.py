@@ -38,7 +38,7 @@ from dials_diffuse.io.inputs import write_mask
 from dials_diffuse.io.truth import write_truth
 from dials_diffuse.simulation.forecast import forecast
 from dials_diffuse.simulation.models import needs_nexus
-from dials_diffuse.simulation.settings import DetectorSettings, SimulationSettings
+from dials_diffuse.simulation.settings import SimulationSettings
 from dials_diffuse.simulation.simulate import Simulation, log_simulation, write_images
 from dials_diffuse.simulation.truth import (
     describe_truth,
@@ -73,10 +73,11 @@ def check_output(params: Any) -> None:
         raise ValueError(
             f"output.experiments={output.experiments} must end in .expt or .json"
         )
-    if not output.prefix or os.path.basename(output.prefix) != output.prefix:
+    # dxtbx takes # for the digits of a template
+    if not output.prefix or "/" in output.prefix or "#" in output.prefix:
         raise ValueError(
-            f"output.prefix={output.prefix} must be the beginning of file names: use "
-            "output.directory for the folder"
+            f"output.prefix={output.prefix} must be the beginning of file names, without "
+            "/ and #: use output.directory for the folder"
         )
     used = set()
     for option in ("experiments", "truth", "mask", "log"):
@@ -99,16 +100,16 @@ def check_output(params: Any) -> None:
         ) from None
 
 
-def check_detector(detector: DetectorSettings) -> None:
+def check_format(settings: SimulationSettings) -> None:
     """Check that there is a format for the images, before they are made.
 
     Raises:
         ValueError: There is none.
     """
-    if needs_nexus(detector) and not detector.thickness > 0:
+    if needs_nexus(settings) and not settings.detector.thickness > 0:
         raise ValueError(
-            "detector.thickness=0 goes with one panel at detector.two_theta=0 only: dxtbx "
-            "reads no NeXus file without the thickness of the sensor"
+            "detector.thickness=0 goes with CBF only, for one panel at two_theta=0 and a "
+            "rotation about x: dxtbx reads no NeXus file without a thickness"
         )
 
 
@@ -121,7 +122,7 @@ def write_true_map(simulation: Simulation, params: Any, phil: str) -> None:
         series_truth(simulation.settings, s.number, list(s.experiments.identifiers()))
         for s in simulation.series
     ]
-    truth = describe_truth(simulation.sample, grid.d_min, series)
+    truth = describe_truth(simulation.sample, grid.d_min, series, simulation.defects)
     with atomic_path(params.output.truth) as path:
         write_truth(path, grid, index, parts, numbers, truth, phil)
     logger.info(
@@ -135,7 +136,7 @@ def write_true_map(simulation: Simulation, params: Any, phil: str) -> None:
 def process(params: Any, phil: str) -> None:
     """Simulate and write the output, or say what it would be."""
     settings = SimulationSettings.from_phil(params)
-    check_detector(settings.detector)
+    check_format(settings)
     simulation = Simulation(settings)
     log_simulation(simulation)
     if params.dry_run:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple, Sequence
 
+import numpy as np
 from simulate_images import memory_experiment
 
+from cctbx import uctbx
 from dxtbx.model.experiment_list import ExperimentList
 
 from dials_diffuse.extraction.extract import extract
@@ -26,6 +28,7 @@ from dials_diffuse.io.observations import ObservationFile
 from dials_diffuse.io.truth import write_truth
 from dials_diffuse.merging.merge import MergingSettings, merge
 from dials_diffuse.simulation.comparison import Comparison, compare
+from dials_diffuse.simulation.models import Series
 from dials_diffuse.simulation.settings import (
     BackgroundSettings,
     BraggPeakSettings,
@@ -63,6 +66,62 @@ SMALL = SimulationSettings(
     grid=TruthGridSettings(ndiv=(2, 2, 2), d_min=1.9),
 )
 
+MARGIN = 1.3  # what a map may have of the deviations that were found
+
+
+class Agreement(NamedTuple):
+    """What was found for a map without noise and faults.
+
+    Attributes:
+        rms: Root mean square of (I - E)/E in each shell, per cent.
+        lost_cc: 1 - CC aniso, per cent.
+        ratio: Limit of the ratio of the sums of each shell, less one.
+    """
+
+    rms: Sequence[float]
+    lost_cc: float
+    ratio: float = 1e-3
+
+
+def disagreements(comparison: Comparison, found: Agreement) -> list[str]:
+    """What tells a map from the truth; nothing if it is as near as was found."""
+    result = []
+    assert len(comparison.shells) == len(found.rms)
+    for number, (shell, rms) in enumerate(zip(comparison.shells, found.rms)):
+        if shell.n_voxels <= 20:
+            result.append(f"shell {number}: {shell.n_voxels} voxels")
+        if abs(shell.ratio - 1) > found.ratio:
+            result.append(f"shell {number}: ratio {shell.ratio:.5f}")
+        if 100 * shell.rms_deviation > MARGIN * rms:
+            result.append(f"shell {number}: rms deviation {shell.rms_deviation:.3%}")
+    lost_cc = 1 - comparison.overall.cc_anisotropic
+    if 100 * lost_cc > MARGIN * found.lost_cc:
+        result.append(f"CC aniso {1 - lost_cc:.6f}")
+    return result
+
+
+def assert_is_truth(comparison: Comparison, found: Agreement) -> None:
+    assert not disagreements(comparison, found)
+
+
+def report(rung: str, **figures: float | str) -> None:
+    """One line with the figures of a rung: ``pytest -k truth -rP`` shows it."""
+    text = (
+        f"{k} {v if isinstance(v, str) else f'{v:.4g}'}" for k, v in figures.items()
+    )
+    print(f"ladder: {rung}: {', '.join(text)}")
+
+
+def report_agreement(rung: str, comparison: Comparison) -> None:
+    """The figures that ``assert_is_truth`` looks at."""
+    report(
+        rung,
+        worst_ratio=f"{max(abs(s.ratio - 1) for s in comparison.shells):.3%}",
+        cc_aniso=f"{comparison.overall.cc_anisotropic:.6f}",
+        rms=f"{comparison.overall.rms_deviation:.3%}",
+        rms_of_shells=" ".join(f"{s.rms_deviation:.3%}" for s in comparison.shells),
+    )
+
 
 def vary(settings: SimulationSettings, **changes: Any) -> SimulationSettings:
     """Settings with some changed: ``detector=dict(distance=80)``, ``n_images=5``."""
@@ -74,12 +133,47 @@ def vary(settings: SimulationSettings, **changes: Any) -> SimulationSettings:
     return dataclasses.replace(settings, **values)
 
 
+# Voxels of a quarter of a reciprocal cell: small beside the features of the map.
+QUARTERS = vary(
+    SMALL,
+    crystal={"unit_cell": uctbx.unit_cell((15, 18, 21, 90, 90, 90))},
+    grid={"ndiv": (4, 4, 4)},
+)
+
+ImageMaker = Callable[[Series, int], list[np.ndarray]]
+
+
+def pixel_averages(settings: SimulationSettings, n: int) -> ImageMaker:
+    """Expected photons of pixels as the sum over n x n parts of each."""
+    detector = settings.detector
+    centre = detector.beam_centre or np.array(detector.panels) * detector.size // 2
+    fine = vary(
+        settings,
+        detector={
+            "size": tuple(n * x for x in detector.size),
+            "pixel": detector.pixel / n,
+            "beam_centre": tuple(n * x for x in centre),
+        },
+    )
+    parts, whole = Simulation(fine), Simulation(settings)
+    for a, b in zip(*(s.series[0].experiments[0].detector for s in (parts, whole))):
+        np.testing.assert_allclose(a.get_origin(), b.get_origin())
+
+    def sums(series: Series, i: int) -> list[np.ndarray]:
+        return [
+            panel.reshape(len(panel) // n, n, -1, n).sum(axis=(1, 3))
+            for panel in parts.photons(series, i)
+        ]
+
+    return sums
+
+
 def simulated_experiments(
-    simulation: Simulation, noise: bool = False
+    simulation: Simulation, noise: bool = False, image: ImageMaker | None = None
 ) -> ExperimentList:
     """The experiments with their images in memory: expected photons, or counts."""
     result = ExperimentList()
-    image = simulation.image if noise else simulation.photons
+    image = image or (simulation.image if noise else simulation.photons)
     for series in simulation.series:
         images = [image(series, i) for i in range(series.n_images)]
         for number, e in enumerate(series.experiments):
@@ -160,6 +254,7 @@ def climb(
     exclusion: BraggSettings = BraggSettings(exclusion="none"),
     corrections: dict[str, Any] | None = None,
     truth_on_grid_of_map: bool = False,
+    parts_of_pixel: int = 1,
     **comparison: Any,
 ) -> Comparison:
     """Simulate, extract, merge, and compare with the truth.
@@ -173,11 +268,13 @@ def climb(
         exclusion: Of Bragg peaks.
         corrections: What differs from the default corrections.
         truth_on_grid_of_map: Even if its symmetry is not that of the simulation.
+        parts_of_pixel: Along each edge, for images that are means over the pixels.
         comparison: Options of ``compare``.
     """
     simulation = Simulation(settings)
     prepare(simulation)
-    experiments = simulated_experiments(simulation, noise)
+    image = pixel_averages(settings, parts_of_pixel) if parts_of_pixel > 1 else None
+    experiments = simulated_experiments(simulation, noise, image)
     spoil(experiments)
     extraction = extraction_settings(simulation, exclusion, **(corrections or {}))
     merged = merged_map(experiments, extraction, folder)

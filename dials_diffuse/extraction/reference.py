@@ -16,6 +16,9 @@ from dials_diffuse.extraction.settings import ExtractionSettings
 from dials_diffuse.extraction.tables import detector_numbers
 from dials_diffuse.grid import Grid
 
+# A beam in the middle of a square detector has a ratio of about sqrt(2).
+MAX_CIRCLE = 3.0  # d-spacing of the largest whole circle over that of the corners
+
 
 def common_space_group(crystals: Sequence[Crystal]) -> sgtbx.space_group:
     """The space group of the first crystal, if all have the same Laue group.
@@ -69,12 +72,18 @@ def format_parameters(cell: uctbx.unit_cell) -> str:
 
 
 def detector_limits(experiment: Experiment) -> tuple[float, float]:
-    """d-spacings at the largest whole circle on the detector and at its corners, Å."""
+    """d-spacings at the largest whole circle on the detector and at its corners, Å.
+
+    Where the beam is so near an edge, or the detector so tilted, that whole circles are
+    no measure of what it sees, the first is that of the corners as well.
+    """
     s0 = experiment.beam.get_s0()
     corner = experiment.detector.get_max_resolution(s0)
     try:
         circle = experiment.detector.get_max_inscribed_resolution(s0)
     except RuntimeError:  # the beam misses the detector: there is no whole circle
+        circle = corner
+    if circle > MAX_CIRCLE * corner:
         circle = corner
     return max(circle, corner), corner
 

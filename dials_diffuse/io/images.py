@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Iterable, Iterator, Sequence
+from typing import Callable, Iterable, Iterator, Sequence
 
 import h5py
 import numpy as np
@@ -17,9 +17,11 @@ import pycbf
 from scipy.spatial.transform import Rotation
 
 from dxtbx.format.FormatCBFMultiTile import cbf_wrapper
-from dxtbx.model import Beam, Detector, Experiment, Panel
+from dxtbx.model import Beam, Detector, Experiment, Goniometer, Panel
 
-from dials_diffuse.util.files import atomic_path
+from dials_diffuse.io.nexus import nexus_group
+from dials_diffuse.util.files import atomic_path, disk_full_message
+from dials_diffuse.util.hdf5 import HDF5Output
 
 # From the frame of dxtbx (imgCIF, z to the source) to that of NeXus (McStas, z along the
 # beam), and back: y is the same.
@@ -27,6 +29,8 @@ LAB_TO_NEXUS = np.array([-1.0, 1.0, -1.0])
 
 # Directions that differ by less count as parallel: 1e-3 of a pixel over 4000 pixels.
 PARALLEL = 2.5e-7
+
+CBF_END = b"--CIF-BINARY-FORMAT-SECTION----\r\n;\r\n\r\n"  # how CBFlib ends an image
 
 # A mini-CBF header is told by its first word, the other lines by theirs; dxtbx reads what
 # stands at fixed places after it (dxtbx.format.FormatCBFMini). Numbers are written to
@@ -52,19 +56,20 @@ HEADER = """
 def write_cbf(
     path: str | os.PathLike,
     counts: np.ndarray,
-    detector: Detector,
-    beam: Beam,
+    experiment: Experiment,
     exposure: float,
     start: float = 0.0,
     width: float = 0.0,
 ) -> None:
     """Write one image as mini-CBF, from which dxtbx reads the same models.
 
+    The fixed rotation of a goniometer is lost: to the images it is one of the crystal.
+
     Args:
         path: Its name must end with the number of the image and ``.cbf``.
         counts: Shape (n_slow, n_fast), integers; -1 in the gaps between modules.
-        detector: One panel, perpendicular to the beam, fast along +x and slow along -y.
-        beam: Along -z.
+        experiment: One panel, perpendicular to the beam, fast along +x and slow along -y;
+            beam along -z; no goniometer, or one that turns about +x of the laboratory.
         exposure: s.
         start: Angle at the start of the image, degrees; 0 is written for a still.
         width: Rotation during the image, degrees; 0 for a still.
@@ -73,11 +78,16 @@ def write_cbf(
         ValueError: The header cannot tell the geometry, the array is not an image of the
             detector, or the file cannot be written.
     """
-    panel = _only_panel(detector, beam)
+    panel = _only_panel(experiment.detector, experiment.beam)
+    if experiment.goniometer is not None and not turns_about_x(experiment.goniometer):
+        raise ValueError(
+            "A CBF header cannot tell a rotation that is not about x of the laboratory: "
+            "write NeXus"
+        )
     _check_image(counts, panel)
     if counts.dtype.kind not in "iu":
         raise ValueError(f"A CBF image holds integers, not {counts.dtype}")
-    header = _cbf_header(panel, beam, exposure, start, width)
+    header = _cbf_header(panel, experiment.beam, exposure, start, width)
     cbf = cbf_wrapper()
     cbf.new_datablock(Path(path).stem.encode())
     cbf.add_category("array_data", ["header_convention", "header_contents", "data"])
@@ -97,9 +107,26 @@ def write_cbf(
         0,  # padding
     )
     with atomic_path(path) as temporary:
-        cbf.write_widefile(
-            os.fsencode(temporary), pycbf.CBF, pycbf.MIME_HEADERS | pycbf.MSG_DIGEST, 0
-        )
+        try:
+            cbf.write_widefile(
+                os.fsencode(temporary),
+                pycbf.CBF,
+                pycbf.MIME_HEADERS | pycbf.MSG_DIGEST,
+                0,
+            )
+        except Exception as e:  # pycbf has no class of its own
+            if "CBF_FILEWRITE" not in str(e):
+                raise
+            raise ValueError(disk_full_message(path)) from e
+        # CBFlib does not notice that the end does not reach the disk
+        if not _ends_with(temporary, CBF_END):
+            raise ValueError(disk_full_message(path))
+
+
+def _ends_with(path: Path, end: bytes) -> bool:
+    with open(path, "rb") as handle:
+        handle.seek(-min(len(end), path.stat().st_size), os.SEEK_END)
+        return handle.read() == end
 
 
 def _only_panel(detector: Detector, beam: Beam) -> Panel:
@@ -118,6 +145,11 @@ def _only_panel(detector: Detector, beam: Beam) -> Panel:
             "perpendicular to the beam with its axes along x and -y: write NeXus"
         )
     return panel
+
+
+def turns_about_x(goniometer: Goniometer) -> bool:
+    """Whether the axis of rotation S·m is +x of the laboratory, as in a mini-CBF file."""
+    return np.allclose(goniometer.get_rotation_axis(), (1, 0, 0), rtol=0, atol=PARALLEL)
 
 
 def _check_image(counts: np.ndarray, panel: Panel) -> None:
@@ -164,8 +196,8 @@ def write_nexus(
 
     Panels are stacked along slow in one array, each a module with its own position.
     Fixed and setting rotation become goniometer axes of their own. In a file with one
-    image, no axis moves and dxtbx could not tell which of them scans: only the scan axis
-    is written. Stills have no goniometer.
+    image, no axis moves and dxtbx could not tell which of them scans: only the axis of
+    rotation in the laboratory is written. Stills have no goniometer.
 
     Args:
         path: The file.
@@ -182,32 +214,41 @@ def write_nexus(
     """
     detector = experiment.detector
     n_fast, n_slow = _common_size(detector)
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as f:
-        entry = _group(f, "entry", "NXentry")
-        entry["definition"] = "NXmx"
-        entry["start_time"] = "2000-01-01T00:00:00Z"  # files do not depend on the time
-        _group(entry, "source", "NXsource")["name"] = "simulation"
-        instrument = _group(entry, "instrument", "NXinstrument")
-        instrument["name"] = "simulation"
-        _write_beam(_group(instrument, "beam", "NXbeam"), experiment.beam)
-        group = _group(instrument, "detector", "NXdetector")
-        _write_detector(group, detector, exposure)
-        if active is not None:
-            gaps = np.concatenate([~np.asarray(a, dtype=bool) for a in active])
-            group.create_dataset(
-                "pixel_mask", data=gaps.astype(np.uint32), compression="gzip"
+    with atomic_path(path) as temporary:
+        output = HDF5Output(temporary, with_times=False)
+        try:
+            entry = nexus_group(output.file, "entry", "NXentry")
+            entry["definition"] = "NXmx"
+            entry["start_time"] = (
+                "2000-01-01T00:00:00Z"  # files do not depend on the time
             )
-        _write_sample(_group(entry, "sample", "NXsample"), experiment)
-        data = _group(entry, "data", "NXdata")
-        data.attrs["signal"] = "data"
-        gain = detector[0].get_gain()
-        if gain != 1:
-            data["data_scale_factor"] = 1 / gain
-        n_images = _write_images(data, images, detector, (n_slow, n_fast))
-        if experiment.scan and n_images != experiment.scan.get_num_images():
-            raise ValueError(
-                f"{n_images} images for a scan of {experiment.scan.get_num_images()}"
+            nexus_group(entry, "source", "NXsource")["name"] = "simulation"
+            instrument = nexus_group(entry, "instrument", "NXinstrument")
+            instrument["name"] = "simulation"
+            _write_beam(nexus_group(instrument, "beam", "NXbeam"), experiment.beam)
+            group = nexus_group(instrument, "detector", "NXdetector")
+            _write_detector(group, detector, exposure)
+            if active is not None:
+                gaps = np.concatenate([~np.asarray(a, dtype=bool) for a in active])
+                group.create_dataset(
+                    "pixel_mask", data=gaps.astype(np.uint32), compression="gzip"
+                )
+            _write_sample(nexus_group(entry, "sample", "NXsample"), experiment)
+            data = nexus_group(entry, "data", "NXdata")
+            data.attrs["signal"] = "data"
+            gain = detector[0].get_gain()
+            if gain != 1:
+                data["data_scale_factor"] = 1 / gain
+            n_images = _write_images(
+                data, images, detector, (n_slow, n_fast), output.check
             )
+            if experiment.scan and n_images != experiment.scan.get_num_images():
+                raise ValueError(
+                    f"{n_images} images for a scan of {experiment.scan.get_num_images()}"
+                )
+            output.check()
+        finally:
+            output.close()
 
 
 def _common_size(detector: Detector) -> tuple[int, int]:
@@ -221,7 +262,7 @@ def _common_size(detector: Detector) -> tuple[int, int]:
     if any(p.get_material() != "Si" or not p.get_thickness() > 0 for p in detector):
         raise ValueError(
             "dxtbx reads no NeXus file without material and thickness of the sensor: "
-            "give a thickness, or write one untilted panel as CBF"
+            "give a thickness, or write one untilted panel, turned about x, as CBF"
         )
     return sizes.pop()
 
@@ -231,6 +272,7 @@ def _write_images(
     images: Iterable[Sequence[np.ndarray]],
     detector: Detector,
     size: tuple[int, int],
+    check: Callable[[], None],
 ) -> int:
     """Write the stacked panels of each image and return the number of images."""
     n_slow, n_fast = size
@@ -253,15 +295,10 @@ def _write_images(
             )
         dataset.resize(n_images, axis=0)
         dataset[n_images - 1] = np.concatenate(panels)
+        check()
     if dataset is None:
         raise ValueError("There are no images to write")
     return n_images
-
-
-def _group(parent: h5py.Group, name: str, nx_class: str) -> h5py.Group:
-    group = parent.create_group(name)
-    group.attrs["NX_class"] = nx_class
-    return group
 
 
 def _quantity(parent: h5py.Group, name: str, value: float, units: str) -> None:
@@ -308,7 +345,7 @@ def _write_detector(group: h5py.Group, detector: Detector, exposure: float) -> N
     group["saturation_value"] = int(first.get_trusted_range()[1])
     for name in ("frame_time", "count_time"):
         _quantity(group, name, float(exposure), "s")
-    transformations = _group(group, "transformations", "NXtransformations")
+    transformations = nexus_group(group, "transformations", "NXtransformations")
     # dxtbx takes the last transformation of all modules as the frame of the detector:
     # they must have one in common
     distance = -first.get_origin()[2]
@@ -318,7 +355,7 @@ def _write_detector(group: h5py.Group, detector: Detector, exposure: float) -> N
     group["depends_on"] = common
     n_fast, n_slow = first.get_image_size()
     for i, panel in enumerate(detector):
-        module = _group(group, f"module_{i:04d}", "NXdetector_module")
+        module = nexus_group(group, f"module_{i:04d}", "NXdetector_module")
         module["data_origin"] = np.array([i * n_slow, 0])
         module["data_size"] = np.array([n_slow, n_fast])
         offset = np.array(panel.get_origin()) + [0, 0, distance]
@@ -342,7 +379,7 @@ def _write_sample(group: h5py.Group, experiment: Experiment) -> None:
     group["name"] = "sample"
     if experiment.scan is None:
         return
-    transformations = _group(group, "transformations", "NXtransformations")
+    transformations = nexus_group(group, "transformations", "NXtransformations")
     depends_on = "."
     for name, angles, vector in reversed(list(_rotation_axes(experiment))):
         depends_on = _axis(
@@ -362,12 +399,12 @@ def _rotation_axes(
     n_images = scan.get_num_images()
     start, width = scan.get_oscillation()
     omega = start + width * np.arange(n_images)
-    scan_axis = ("omega", omega, goniometer.get_rotation_axis_datum())
     if n_images == 1:
-        yield scan_axis
+        # S R(m) F = R(S·m) S F, and S F is a rotation of the crystal
+        yield "omega", omega, goniometer.get_rotation_axis()
         return
     yield from _fixed_axis("fixed", goniometer.get_fixed_rotation())
-    yield scan_axis
+    yield "omega", omega, goniometer.get_rotation_axis_datum()
     yield from _fixed_axis("setting", goniometer.get_setting_rotation())
 
 

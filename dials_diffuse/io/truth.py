@@ -6,6 +6,8 @@ A NeXus file like a merged map, with all that the images were made from:
         map                 NXdata   intensity and its parts, means over the voxels
         asu                 NXcollection   the same for the symmetry-unique voxels
         isotropic           NXdata   solvent and Compton scattering against s
+        air                 NXdata   scattering of the air against 2θ
+        defects             NXcollection   faulty pixels of each panel
         bragg               NXcollection   |F|² of the unique reflections
         sample              NXsample   cell, symmetry, composition, scattering power
         series_1 ...        NXcollection   scales, absorption, identifiers of each series
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any, Mapping, Sequence
+from typing import Mapping, Sequence
 
 import h5py
 import numpy as np
@@ -56,6 +58,13 @@ PARTS: dict[str, str] = {
     "compton": "Compton scattering",
 }
 
+DEFECTS: dict[str, tuple[str, str]] = {
+    "hot": ("1", "pixels that always count too many, as slow * n_fast + fast"),
+    "excess": ("photons", "what they count too many in each image"),
+    "flickering": ("1", "pixels that count too many now and then"),
+    "dead": ("1", "pixels that count nothing"),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class SeriesTruth:
@@ -83,6 +92,8 @@ class Truth:
         composition: Atoms per cell.
         scattering_power: K, photons/(s sr electron²).
         isotropic: Columns s, solvent and compton.
+        air: Columns two_theta (degrees) and rate (photons/(s sr)).
+        defects: For each panel hot, excess, flickering and dead.
         miller_index: Unique reflections, shape (n, 3).
         f_squared: Their |F|², electrons².
         series: The series of images.
@@ -91,6 +102,8 @@ class Truth:
     composition: Mapping[str, float]
     scattering_power: float
     isotropic: Mapping[str, np.ndarray]
+    air: Mapping[str, np.ndarray]
+    defects: Sequence[Mapping[str, np.ndarray]]
     miller_index: np.ndarray
     f_squared: np.ndarray
     series: Sequence[SeriesTruth]
@@ -139,6 +152,8 @@ def write_truth(
             # the last value is that of the voxels that have none: number -1
             write_box(box, np.append(parts[name], np.nan), numbers, output.check)
         _write_isotropic(nexus_group(entry, "isotropic", "NXdata"), truth)
+        _write_air(nexus_group(entry, "air", "NXdata"), truth)
+        _write_defects(nexus_group(entry, "defects", "NXcollection"), truth)
         _write_bragg(nexus_group(entry, "bragg", "NXcollection"), truth)
         for number, series in enumerate(truth.series, 1):
             group = nexus_group(entry, f"series_{number}", "NXcollection")
@@ -171,6 +186,23 @@ def _write_isotropic(group: h5py.Group, truth: Truth) -> None:
         units = "1/angstrom" if name == "s" else ELECTRONS
         meaning = "1/d" if name == "s" else PARTS[name]
         describe(group.create_dataset(name, data=values), units, meaning)
+
+
+def _write_air(group: h5py.Group, truth: Truth) -> None:
+    group.attrs["signal"] = "rate"
+    group.attrs["axes"] = ["two_theta"]
+    dataset = group.create_dataset("two_theta", data=truth.air["two_theta"])
+    describe(dataset, "degree", "scattering angle")
+    dataset = group.create_dataset("rate", data=truth.air["rate"])
+    describe(dataset, "photons/(s.sr)", "scattering of the air")
+
+
+def _write_defects(group: h5py.Group, truth: Truth) -> None:
+    for number, defects in enumerate(truth.defects):
+        panel = nexus_group(group, f"panel_{number}", "NXcollection")
+        for name, values in defects.items():
+            units, meaning = DEFECTS[name]
+            describe(panel.create_dataset(name, data=values), units, meaning)
 
 
 def _write_bragg(group: h5py.Group, truth: Truth) -> None:
@@ -236,10 +268,30 @@ class TruthFile(HDF5Input):
         """Columns s, solvent and compton."""
         return {name: value[()] for name, value in self._entry["isotropic"].items()}
 
-    def series(self) -> list[dict[str, Any]]:
-        """Identifiers and scales of each series of images."""
+    def air(self) -> dict[str, np.ndarray]:
+        """Columns two_theta (degrees) and rate (photons/(s sr))."""
+        return {name: value[()] for name, value in self._entry["air"].items()}
+
+    def defects(self) -> list[dict[str, np.ndarray]]:
+        """Faulty pixels of each panel."""
+        group = self._entry["defects"]
+        return [
+            {name: value[()] for name, value in group[f"panel_{i}"].items()}
+            for i in range(len(group))
+        ]
+
+    def series(self) -> list[SeriesTruth]:
+        """What is known of each series of images."""
         result = []
         while (group := self._entry.get(f"series_{len(result) + 1}")) is not None:
-            names = [name.decode() for name in group["identifiers"][()]]
-            result.append({"identifiers": names, "scale": group["scale"][()]})
+            absorption = group["absorption"]
+            result.append(
+                SeriesTruth(
+                    identifiers=[name.decode() for name in group["identifiers"][()]],
+                    scale=group["scale"][()],
+                    absorption=float(absorption["strength"][()]),
+                    way_out=absorption["u"][()],
+                    way_in=absorption["v"][()],
+                )
+            )
         return result

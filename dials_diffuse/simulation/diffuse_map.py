@@ -17,7 +17,7 @@ has a slightly different cell.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from scipy.interpolate import CubicSpline
@@ -491,7 +491,7 @@ class DiffuseMap:
         index = np.asarray(index).reshape(-1, 3)
         ndiv = np.array(grid.ndiv)
         return {
-            "cloud": self._cloud_means(index, ndiv, nodes),
+            "cloud": self._quadrature(self.cloud, index, ndiv, nodes),
             "halo": self._halo_means(index, ndiv),
         }
 
@@ -517,9 +517,42 @@ class DiffuseMap:
                 total[name] = total.get(name, 0.0) + means / len(rotations)
         return total
 
-    def _cloud_means(
-        self, index: np.ndarray, ndiv: np.ndarray, nodes: int | None
+    def merged_isotropic_means(
+        self,
+        function: Callable[[np.ndarray], np.ndarray],
+        grid: Grid,
+        index: np.ndarray,
     ) -> np.ndarray:
+        """Means of a function of s = 1/d, as ``merged_voxel_means``.
+
+        Args:
+            function: From s (Å⁻¹, any shape) to values; as smooth as the cloud.
+            grid: The grid.
+            index: Voxel indices, shape (n, 3).
+
+        Returns:
+            Shape (n,).
+        """
+        ndiv = np.array(grid.ndiv)
+        rotations = _rotations_to_other_shapes(grid.rotations)
+
+        def at(hkl: np.ndarray) -> np.ndarray:
+            return function(np.sqrt(np.maximum(self._length_squared(hkl), 0.0)))
+
+        means = [
+            self._quadrature(at, np.asarray(index) @ rotation, ndiv, None)
+            for rotation in rotations
+        ]
+        return np.mean(means, axis=0)
+
+    def _quadrature(
+        self,
+        function: Callable[[np.ndarray], np.ndarray],
+        index: np.ndarray,
+        ndiv: np.ndarray,
+        nodes: int | None,
+    ) -> np.ndarray:
+        """Means over voxels of a function of fractional Miller indices, shape (3, ...)."""
         rules = [_gauss_legendre(nodes or n) for n in self._quadrature_nodes(ndiv)]
         offsets = np.stack(np.meshgrid(*[x for x, _ in rules], indexing="ij"))
         offsets = offsets.reshape(3, 1, -1) / ndiv[:, None, None]
@@ -527,7 +560,7 @@ class DiffuseMap:
         means = np.empty(len(index))
         for chunk in _chunks(len(index), max(1, VOXEL_CHUNK // len(weights))):
             centres = (index[chunk] / ndiv).T
-            means[chunk] = self.cloud(centres[:, :, None] + offsets) @ weights
+            means[chunk] = function(centres[:, :, None] + offsets) @ weights
         return means
 
     def _quadrature_nodes(self, ndiv: np.ndarray) -> list[int]:

@@ -1,7 +1,7 @@
 """Expected photons of an image, pixel by pixel.
 
     n = shadow · P·ΔΩ·ε·A_air · t · [ K·k_i·T_i · (⟨I_cloud + I_halo + I_Bragg⟩_φ
-                                        + I_solvent(s) + I_Compton(s)) ] + air
+                                        + I_solvent(s) + I_Compton(s)) + B_air(2θ) ]
 
 with the mean over the rotation during the image: by Gauss-Legendre quadrature for the
 diffuse part, in closed form for the Bragg peaks. Air scattering is seen with and without
@@ -30,7 +30,7 @@ from dials_diffuse.simulation.scales import Absorption
 from dials_diffuse.simulation.settings import SimulationSettings
 
 CHUNK = 1 << 14  # pixels at a time, so that intermediate arrays stay in the cache
-AIR_ANGLE = math.radians(12.0)  # 2θ over which air scattering falls by 1/e
+AIR_ANGLE = math.radians(12.0)  # 2θ over which air scattering falls to 1/e
 BRAGG_STEP = 0.4  # reciprocal cells that a rotation may cross at a time
 
 
@@ -60,9 +60,18 @@ def rotation_width(experiment: Experiment) -> float:
     return abs(experiment.scan.get_oscillation(deg=False)[1])
 
 
-def air_shape(two_theta: np.ndarray) -> np.ndarray:
-    """Air scattering relative to that at the beam centre."""
-    return np.exp(-two_theta / AIR_ANGLE)
+def air_rate(settings: SimulationSettings, two_theta: np.ndarray) -> np.ndarray:
+    """Scattering of the air B_air(2θ), photons/(s sr).
+
+    It falls off exponentially; background.air is for the solid angle of the pixel at the
+    beam centre.
+
+    Args:
+        settings: The settings.
+        two_theta: Scattering angle, radians.
+    """
+    pixel = settings.detector.pixel / settings.detector.distance
+    return settings.background.air / pixel**2 * np.exp(-two_theta / AIR_ANGLE)
 
 
 def gauss_legendre(n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -90,12 +99,10 @@ class Detector:
         self.shadows = [shadow.ravel() for shadow in shadows]
         s0 = np.array(experiment.beam.get_s0())
         e0 = s0 / np.linalg.norm(s0)
-        pixel = settings.detector.pixel / settings.detector.distance
-        self.air = []
-        for panel in self.panels:
-            two_theta = np.arccos(np.clip(e0 @ panel.e, -1, 1))
-            per_pixel = settings.background.air / pixel**2 * panel.solid_angle
-            self.air.append(per_pixel * air_shape(two_theta))
+        self.air = [
+            air_rate(settings, np.arccos(np.clip(e0 @ panel.e, -1, 1)))
+            for panel in self.panels
+        ]
         self.s_max = max(
             float(np.sqrt(2 * (1 - (e0 @ panel.e).min()))) for panel in self.panels
         ) * float(np.linalg.norm(s0))
@@ -121,7 +128,7 @@ class ImageModel:
 
     def _panel(self, exposure: Exposure, number: int) -> np.ndarray:
         panel = self.detector.panels[number]
-        result = self.detector.air[number].copy()
+        rate = self.detector.air[number].copy()
         if exposure.experiment.crystal is not None:
             middle = moment(exposure.experiment, exposure.index, 0.5)
             for part in _chunks(panel.e.shape[1]):
@@ -130,13 +137,10 @@ class ImageModel:
                 transmission = exposure.absorption.transmission(
                     e, middle.s0, middle.goniometer
                 )
-                result[part] += (
-                    panel.normalisation[part]
-                    * (self.sample.power * exposure.scale)
-                    * transmission
-                    * intensity
-                )
-        return result * (self.detector.shadows[number] * exposure.time)
+                power = self.sample.power * exposure.scale
+                rate[part] += power * transmission * intensity
+        seen = panel.normalisation * self.detector.shadows[number]
+        return rate * seen * exposure.time
 
     def intensity(self, exposure: Exposure, e: np.ndarray) -> np.ndarray:
         """Intensity in directions, averaged over the exposure.
@@ -150,8 +154,8 @@ class ImageModel:
         """
         experiment = exposure.experiment
         width = rotation_width(experiment)
-        length = np.linalg.norm(moment(experiment, exposure.index, 0.5).s0)
         middle = moment(experiment, exposure.index, 0.5)
+        length = np.linalg.norm(middle.s0)
         rlp = length * e - middle.s0[:, None]
         result = self.sample.isotropic(np.sqrt(np.einsum("in,in->n", rlp, rlp)))
         arc = self.detector.s_max * width

@@ -40,7 +40,7 @@ from dials_diffuse.io.observations import ObservationFile
 from dials_diffuse.merging.merge import MergingSettings, merge
 from dials_diffuse.merging.statistics import IsotropicMean, shell_edges, shell_number
 from dials_diffuse.simulation.comparison import is_cut, is_excluded
-from dials_diffuse.simulation.exposure import air_shape
+from dials_diffuse.simulation.exposure import air_rate
 from dials_diffuse.simulation.sample import Sample
 from dials_diffuse.simulation.simulate import Simulation
 from dials_diffuse.simulation.truth import true_voxels, truth_grid
@@ -220,7 +220,9 @@ def forecast_shells(simulation: Simulation, n_shells: int = 10) -> list[ShellFor
     index = voxels["index"]
     s = grid.s(index)
     signal = simulation.sample.power * expected_means(simulation.sample, grid, index)
-    intensity = signal + _air_rate(simulation, s)
+    wavelength = simulation.settings.beam.wavelength
+    two_theta = 2 * np.arcsin(np.minimum(s * wavelength / 2, 1.0))
+    intensity = signal + air_rate(simulation.settings, two_theta)
     isotropic = IsotropicMean(float(s.max()), ("signal",))
     isotropic.add(s, {"signal": signal})
     variation = signal - isotropic.isotropic("signal", s)
@@ -239,15 +241,6 @@ def forecast_shells(simulation: Simulation, n_shells: int = 10) -> list[ShellFor
         )
         for i in range(n_shells)
     ]
-
-
-def _air_rate(simulation: Simulation, s: np.ndarray) -> np.ndarray:
-    """Air scattering where a pixel looks, photons/(s sr), for a typical pixel."""
-    settings = simulation.settings
-    wavelength = settings.beam.wavelength
-    two_theta = 2 * np.arcsin(np.minimum(s * wavelength / 2, 1.0))
-    pixel = settings.detector.pixel / settings.detector.distance
-    return settings.background.air / pixel**2 * air_shape(two_theta)
 
 
 def _shell(

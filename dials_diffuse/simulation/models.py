@@ -39,6 +39,7 @@ from dxtbx.model.experiment_list import ExperimentList
 from dxtbx.sequence_filenames import template_regex
 
 from dials_diffuse.geometry.orientation import inverse
+from dials_diffuse.io.images import turns_about_x
 from dials_diffuse.simulation.settings import (
     DetectorSettings,
     ScanSettings,
@@ -97,9 +98,15 @@ def make_beam(settings: SimulationSettings) -> Beam:
     )
 
 
-def needs_nexus(settings: DetectorSettings) -> bool:
-    """Whether a mini-CBF header cannot tell the position of such a detector."""
-    return settings.panels != (1, 1) or settings.two_theta != 0
+def needs_nexus(settings: SimulationSettings) -> bool:
+    """Whether a mini-CBF header cannot tell the geometry of the images.
+
+    It knows one panel perpendicular to the beam, and a rotation about +x.
+    """
+    detector = settings.detector
+    if detector.panels != (1, 1) or detector.two_theta != 0:
+        return True
+    return not (settings.is_stills or turns_about_x(make_goniometer(settings)))
 
 
 def make_detector(settings: SimulationSettings) -> Detector:
@@ -248,23 +255,6 @@ def spread_cell(
     factors = 1 + spread * deviations[tied.argmax(axis=1)]
     edges = np.array(unit_cell.parameters()[:3]) * factors
     return uctbx.unit_cell((*edges, *unit_cell.parameters()[3:]))
-
-
-def make_crystals(
-    settings: SimulationSettings,
-    unit_cell: uctbx.unit_cell,
-    space_group: sgtbx.space_group,
-) -> list[Crystal]:
-    """The crystals of all series in their order: one for a sweep, one for each still.
-
-    Raises:
-        ValueError: An orientation is given for stills that have random ones.
-    """
-    return [
-        crystal
-        for number in range(1, settings.n_crystals + 1)
-        for crystal in series_crystals(settings, unit_cell, space_group, number)
-    ]
 
 
 def series_crystals(

@@ -2,9 +2,12 @@
 
 The simulation must not share the formulas of ``dials_diffuse.corrections``, or a wrong
 one would not show. Directions come from the panels' own coordinate methods, polarization
-and sensor efficiency from ``dials.algorithms.integration.Corrections``, and the solid
-angle is the exact one of a rectangle. Only the attenuation coefficient of the air is
-shared, from the tables in cctbx.
+and sensor efficiency from ``dials.algorithms.integration.Corrections``, the solid angle is
+the exact one of a rectangle, and the attenuation of the air has a formula of its own.
+
+What both have in common: the parallax strategy of dxtbx, the tables of attenuation in
+cctbx, the interpolation between pixels (``geometry.interpolation``, tested against exact
+values), linear interpolation between scan points, and that a pixel is taken at its centre.
 """
 
 from __future__ import annotations
@@ -13,17 +16,39 @@ import dataclasses
 
 import numpy as np
 
+from cctbx.eltbx import attenuation_coefficient
 from dxtbx import flumpy
 from dxtbx.model import Beam, Detector, Experiment
 from scitbx import matrix
 
 from dials.algorithms.integration import Corrections, CorrectionsMulti
 from dials.array_family import flex
-from dials_diffuse.corrections import gas_attenuation
 from dials_diffuse.geometry.interpolation import PixelInterpolation
 from dials_diffuse.simulation.settings import AirSettings
 
 TOLERANCE = 1e-9  # of interpolated directions (radians) and normalisations (relative)
+
+
+def air_attenuation(air: AirSettings, wavelength: float) -> float:
+    """Attenuation coefficient of the gas, 1/mm: (μ/ρ) · ρ.
+
+    The density is that of dry air at 0 °C and 101325 Pa, 1.2929 kg/m³, or helium, 0.1785
+    kg/m³ (CRC Handbook of Chemistry and Physics), scaled by pressure and temperature; air
+    has mass fractions of 0.7552 N, 0.2314 O, 0.0129 Ar.
+    """
+    if air.path == "vacuum":
+        return 0.0
+    if air.path == "helium":
+        density, fractions = 0.1785e-3, {"He": 1.0}
+    else:
+        density, fractions = 1.2929e-3, {"N": 0.7552, "O": 0.2314, "Ar": 0.0129}
+    density *= air.pressure / 101325.0 * 273.15 / air.temperature  # g/cm³
+    mass_attenuation = sum(
+        fraction
+        * attenuation_coefficient.get_table(element).mu_rho_at_angstrom(wavelength)
+        for element, fraction in fractions.items()
+    )
+    return density * mass_attenuation / 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +106,11 @@ def _exact_values(
     dials.append(Corrections(beam, detector))
     # one detector has one entry: all directions belong to it
     lp = flumpy.to_numpy(dials.lp(flex.int(len(px), 0), s1))
-    qe = flumpy.to_numpy(
-        dials.qe(flex.int(len(px), 0), s1, flex.size_t(len(px), number))
-    )
+    if panel.get_mu() * panel.get_thickness() > 0:
+        numbers = flex.size_t(len(px), number)
+        qe = flumpy.to_numpy(dials.qe(flex.int(len(px), 0), s1, numbers))
+    else:  # a detector without a sensor counts all photons; for DIALS it counts none
+        qe = 1.0
     size = np.array(panel.get_pixel_size())
     foot = matrix.col(panel.get_normal()) * panel.get_directed_distance()
     origin = matrix.col(panel.get_origin())
@@ -101,7 +128,7 @@ def _exact_values(
 def panel_pixels(experiment: Experiment, air: AirSettings) -> list[PanelPixels]:
     """The pixels of all panels of an experiment."""
     beam, detector = experiment.beam, experiment.detector
-    mu = gas_attenuation(air.path, beam.get_wavelength(), air.temperature, air.pressure)
+    mu = air_attenuation(air, beam.get_wavelength())
     result = []
     for number, panel in enumerate(detector):
         nfast, nslow = panel.get_image_size()

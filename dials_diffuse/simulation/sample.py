@@ -27,6 +27,7 @@ class Sample:
         s_max: Largest s = 1/d on the detector or in the true map, Å⁻¹.
 
     Attributes:
+        settings: The settings.
         contents: Atoms and cell.
         bragg: |F|² of the reflections.
         map: The diffuse map.
@@ -39,6 +40,7 @@ class Sample:
     def __init__(
         self, settings: SimulationSettings, contents: CellContents, s_max: float
     ) -> None:
+        self.settings = settings
         self.contents = contents
         self.volume = self.contents.volume
         self.power = scattering_power(settings, self.volume)
@@ -52,7 +54,8 @@ class Sample:
         if settings.diffuse.halo_displacement > 0:
             longest = max(longest, settings.diffuse.halo_length)
         self.sharpness = 2 * math.pi * longest
-        s = np.arange(0, s_max + 10 * S_STEP, S_STEP)
+        # voxels of the true map reach beyond what the detector sees
+        s = np.arange(0, s_max + margin, S_STEP)
         self._solvent = CubicSpline(s, self._solvent_ring(s, settings))
         compton = np.zeros_like(s)
         if settings.background.compton:

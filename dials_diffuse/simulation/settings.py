@@ -7,11 +7,12 @@ One frozen class for each PHIL scope, with the same names and units as in
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+import math
+from typing import Any, Iterable, NamedTuple
 
 import numpy as np
 
-from cctbx import sgtbx, uctbx
+from cctbx import uctbx
 
 from dials_diffuse.extraction.settings import processes, three_of
 
@@ -19,6 +20,11 @@ Vector = tuple[float, float, float]
 
 DEFAULT_SPACE_GROUP = "P 21 21 21"
 DEFAULT_CELL = (36.0, 40.0, 44.0, 90.0, 90.0, 90.0)
+
+SHORTEST_EDGE = 2.0  # Å; edges that are not given are 1 Å to cctbx
+MOST_PIXELS = 100_000_000
+# A saturated pixel holds one more, in 32 bits.
+LARGEST_COUNT = int(np.iinfo(np.int32).max) - 1
 
 
 class DetectorPreset(NamedTuple):
@@ -39,19 +45,41 @@ PRESETS = {
 }
 
 
-def _space_group(symbol: str | None) -> sgtbx.space_group | None:
-    if symbol is None:
-        return None
-    try:
-        return sgtbx.space_group_info(symbol).group()
-    except RuntimeError:
-        raise ValueError(
-            f"crystal.space_group={symbol} is not the symbol of a space group"
-        ) from None
-
-
-def _text(values: Any) -> str:
+def comma_separated(values: Iterable[float]) -> str:
     return ", ".join(f"{x:g}" for x in values)
+
+
+def _length(name: str, vector: Vector) -> float:
+    """Length of a vector that gives a direction.
+
+    Raises:
+        ValueError: It gives none.
+    """
+    with np.errstate(over="ignore"):  # the square of a finite number may be infinite
+        length = float(np.linalg.norm(vector))
+    if not 0 < length < np.inf:
+        raise ValueError(
+            f"{name}={comma_separated(vector)} has no direction: its length must be "
+            "positive and finite"
+        )
+    return length
+
+
+def _check_finite(name: str, value: Any) -> None:
+    """Refuse nan, which the limits of PHIL let through, and inf.
+
+    Args:
+        name: Of the parameter.
+        value: Of any PHIL type.
+
+    Raises:
+        ValueError: It is, or has among its numbers, one that is not finite.
+    """
+    if isinstance(value, uctbx.ext.unit_cell):
+        value = value.parameters()
+    numbers = np.atleast_1d(value)
+    if numbers.dtype.kind == "f" and not np.isfinite(numbers).all():
+        raise ValueError(f"{name}={comma_separated(numbers)} must be finite")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,16 +94,11 @@ class CrystalSettings:
     cell_spread: float = 0.0
 
     def __post_init__(self) -> None:
-        group = _space_group(self.space_group)
-        if (
-            self.unit_cell
-            and group
-            and not group.is_compatible_unit_cell(self.unit_cell, 0.01, 0.1)
-        ):
+        if self.unit_cell and min(self.unit_cell.parameters()[:3]) < SHORTEST_EDGE:
+            cell = comma_separated(self.unit_cell.parameters())
             raise ValueError(
-                f"the cell {_text(self.unit_cell.parameters())} does not have the "
-                f"symmetry of the space group {self.space_group}: change "
-                "crystal.unit_cell or crystal.space_group"
+                f"crystal.unit_cell={cell} has an edge below {SHORTEST_EDGE:g} Å: give a, "
+                "b, c, alpha, beta and gamma"
             )
 
 
@@ -115,16 +138,16 @@ class BeamSettings:
     wavelength: float = 0.9795
     flux: float = 1e11
     size: float = 0.1
-    polarization_fraction: float = 0.98
+    polarization_fraction: float = 0.999
     polarization_normal: Vector = (0.0, 1.0, 0.0)
 
     def __post_init__(self) -> None:
         if not self.flux > 0:
             raise ValueError(f"beam.flux={self.flux:g} must be positive")
-        normal = np.array(self.polarization_normal)
-        if abs(normal[2]) > 1e-6 or not np.linalg.norm(normal) > 0:
+        normal = self.polarization_normal
+        if abs(normal[2]) > 1e-6 * _length("beam.polarization_normal", normal):
             raise ValueError(
-                f"beam.polarization_normal={_text(normal)} must be perpendicular to the "
+                f"beam.polarization_normal={comma_separated(normal)} must be perpendicular to the "
                 "beam, which goes along z"
             )
 
@@ -163,10 +186,26 @@ class DetectorSettings:
         for name in DetectorPreset._fields:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(preset, name))
+        if self.distance == 0:
+            raise ValueError(
+                "detector.distance=0 puts the detector into the sample: it must be positive"
+            )
         if not self.distance > 0:
             raise ValueError(
                 f"detector.distance={self.distance:g} puts the detector behind the "
                 "source: it must be positive"
+            )
+        if self.count_cutoff > LARGEST_COUNT:
+            raise ValueError(
+                f"detector.count_cutoff={self.count_cutoff} is too large for images of "
+                f"32 bits: it must be {LARGEST_COUNT} at most"
+            )
+        n_pixels = math.prod(self.size) * math.prod(self.panels)
+        if n_pixels > MOST_PIXELS:
+            raise ValueError(
+                f"detector.size={comma_separated(self.size)} and detector.panels="
+                f"{comma_separated(self.panels)} make {n_pixels} pixels: at most "
+                f"{MOST_PIXELS} are possible"
             )
         for n, modules, gap in zip(self.size, self.modules, self.gap):
             if (modules - 1) * gap + modules > n:
@@ -190,8 +229,7 @@ class GoniometerSettings:
     setting_rotation: Vector | None = None
 
     def __post_init__(self) -> None:
-        if not np.linalg.norm(self.axis) > 0:
-            raise ValueError("goniometer.axis must not have zero length")
+        _length("goniometer.axis", self.axis)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,7 +293,9 @@ class SimulationSettings:
             ValueError: A value is impossible, or values do not fit together.
         """
         scopes = {
-            field.name: _from_scope(type(field.default), getattr(params, field.name))
+            field.name: _from_scope(
+                type(field.default), field.name, getattr(params, field.name)
+            )
             for field in dataclasses.fields(cls)
             if dataclasses.is_dataclass(field.default)
         }
@@ -270,11 +310,14 @@ class SimulationSettings:
         )
 
 
-def _from_scope(cls: type, scope: Any) -> Any:
+def _from_scope(cls: type, name: str, scope: Any) -> Any:
     """The settings class of a scope: fields have the names of the parameters."""
     values = {}
     for field in dataclasses.fields(cls):
         value = getattr(scope, field.name)
+        if value is None and field.default is not None:
+            raise ValueError(f"{name}.{field.name}=None: a value must be given")
+        _check_finite(f"{name}.{field.name}", value)
         values[field.name] = tuple(value) if isinstance(value, list) else value
     if "ndiv" in values:
         values["ndiv"] = three_of("grid.ndiv", values["ndiv"])

@@ -54,6 +54,23 @@ def series_scales(settings: SimulationSettings, number: int) -> np.ndarray:
     return image_scales(settings, number)
 
 
+def _s_max_of_truth(settings: SimulationSettings) -> float:
+    """Largest s = 1/d that is asked for in the true map, 0 if none is.
+
+    Raises:
+        ValueError: No detector sees so far.
+    """
+    d_min, wavelength = settings.grid.d_min, settings.beam.wavelength
+    if d_min is None:
+        return 0.0
+    if d_min < wavelength / 2:
+        raise ValueError(
+            f"grid.d_min={d_min:g} is less than half the wavelength, {wavelength / 2:g} Å: "
+            "no detector sees so far"
+        )
+    return 1 / d_min
+
+
 class Simulation:
     """A crystal, its experiments, and the images that a detector takes of it.
 
@@ -61,7 +78,8 @@ class Simulation:
         settings: The settings.
 
     Raises:
-        ValueError: Structure, cell and space group do not go together.
+        ValueError: Structure, cell and space group do not go together, or the true map
+            goes beyond what can be seen at the wavelength.
     """
 
     def __init__(self, settings: SimulationSettings) -> None:
@@ -71,9 +89,8 @@ class Simulation:
         first = self.series[0].experiments[0]
         self.detector = Detector(first, settings, shadow(settings, first.detector))
         self.active = [mask.ravel() for mask in gap_mask(settings)]
-        s_max = self.detector.s_max
-        if settings.grid.d_min is not None:  # the true map may reach farther
-            s_max = max(s_max, 1 / settings.grid.d_min)
+        s_max = _s_max_of_truth(settings)  # the true map may reach beyond the detector
+        s_max = max(self.detector.s_max, s_max)
         self.sample = Sample(settings, contents, s_max)
         self.model = ImageModel(self.sample, settings, self.detector)
         self.defects: list[Defects] = [
@@ -201,21 +218,20 @@ def _write_series(
 ) -> list[Path]:
     """Write the images of a series: one CBF file each, or one NeXus file."""
     settings = simulation.settings
-    nexus = needs_nexus(settings.detector)
+    nexus = needs_nexus(settings)
     paths = image_paths(series, folder, prefix, nexus)
     first = series.experiments[0]
-    _warn_of_earlier_images(paths)
     if nexus:
         shapes = [pixels.shape for pixels in simulation.detector.panels]
         active = [a.reshape(shape) for a, shape in zip(simulation.active, shapes)]
         write_nexus(paths[0], first, images, settings.scan.exposure, active)
         return paths
+    _warn_of_earlier_images(paths)
     for i, (path, panels) in enumerate(zip(paths, images)):
         write_cbf(
             path,
             panels[0],
-            first.detector,
-            first.beam,
+            first,
             settings.scan.exposure,
             start=settings.scan.start + i * settings.scan.width,
             width=series.width,
@@ -225,9 +241,13 @@ def _write_series(
 
 def _warn_of_earlier_images(paths: list[Path]) -> None:
     """Warn of files that a template would take for more images of a series."""
-    start = paths[0].with_suffix("").as_posix().rsplit("_", 1)[0]
-    found = {Path(name) for name in glob.glob(f"{glob.escape(start)}_[0-9]*.cbf")}
-    others = sorted(found - set(paths))
+    start, _ = paths[0].name.rsplit("_", 1)
+    found = paths[0].parent.glob(f"{glob.escape(start)}_*.cbf")
+    others = sorted(
+        path
+        for path in set(found) - set(paths)
+        if path.stem[len(start) + 1 :].isdecimal()
+    )
     if others:
         logger.warning(
             "Warning: %d images of another simulation are in the same folder, the first "

@@ -28,6 +28,7 @@ from dials_diffuse.simulation.settings import (
     DEFAULT_CELL,
     DEFAULT_SPACE_GROUP,
     SimulationSettings,
+    comma_separated,
 )
 from dials_diffuse.util.compat import miller_index_to_numpy
 
@@ -51,6 +52,7 @@ FFT_SETTINGS = {
     "quality_factor": 1e4,
     "exp_table_one_over_step_size": 0,
 }
+MOST_ATOMS = 200_000  # not hydrogen, at random in the asymmetric unit
 MAX_TRIES = 1000  # for a random position off all symmetry elements
 
 
@@ -111,11 +113,6 @@ class CellContents:
             counts["O"] = counts.get("O", 0.0) + self.n_waters
         return counts
 
-    @property
-    def n_electrons(self) -> float:
-        """Number of electrons in the unit cell, bulk water included."""
-        return sum(n * atomic_number(e) for e, n in self.composition.items())
-
 
 def atomic_number(element: str) -> int:
     return int(tiny_pse.table(element).atomic_number())
@@ -144,19 +141,6 @@ def form_factor(element: str, s: np.ndarray) -> np.ndarray:
     return flumpy.to_numpy(gaussians.at_d_star_sq(d_star_sq)).reshape(s.shape)
 
 
-def sum_f_squared(contents: CellContents, s: np.ndarray) -> np.ndarray:
-    """Σ n_j f_j² over all atoms of the cell, bulk water included, electrons².
-
-    Args:
-        contents: The unit cell.
-        s: 1/d, Å⁻¹, any shape.
-    """
-    total = np.zeros(np.shape(s))
-    for element, number in contents.composition.items():
-        total += number * form_factor(element, s) ** 2
-    return total
-
-
 def random_contents(
     space_group_symbol: str,
     unit_cell: Cell,
@@ -178,13 +162,20 @@ def random_contents(
         seed: The same number gives the same structure.
 
     Raises:
-        ValueError: Cell and space group do not fit, or the cell is too small.
+        ValueError: Cell and space group do not fit, or the cell is too small or too large.
     """
     settings = _special_positions(space_group_symbol, unit_cell)
     cell, group = settings.unit_cell(), settings.space_group()
     rng = np.random.default_rng([seed, 0])
-    n_atoms = (1 - solvent_fraction) * cell.volume() / VOLUME_PER_ATOM
-    elements = _protein_elements(max(1, round(n_atoms / group.order_z())))
+    protein = (1 - solvent_fraction) * cell.volume() / group.order_z()
+    n_atoms = max(1, round(protein / VOLUME_PER_ATOM))
+    if n_atoms > MOST_ATOMS:
+        raise ValueError(
+            f"the cell {comma_separated(cell.parameters())} is too large for a random "
+            f"structure: {n_atoms} atoms in the asymmetric unit, at most {MOST_ATOMS} are "
+            "possible. Give crystal.structure or a smaller crystal.unit_cell"
+        )
+    elements = _protein_elements(n_atoms)
     structure = xray.structure(settings)
     for i, element in enumerate(elements):
         site = _general_site(settings, lambda: rng.random(3))
@@ -230,13 +221,9 @@ def _general_site(
     except RuntimeError:  # the cell is not larger than the distance of equivalent atoms
         pass
     raise ValueError(
-        f"the cell {_text(settings.unit_cell())} has no room between the symmetry "
+        f"the cell {comma_separated(settings.unit_cell().parameters())} has no room between the symmetry "
         f"elements of {settings.space_group_info()}: use a larger crystal.unit_cell"
     )
-
-
-def _text(cell: uctbx.unit_cell) -> str:
-    return ", ".join(f"{x:g}" for x in cell.parameters())
 
 
 def _special_positions(
@@ -245,19 +232,18 @@ def _special_positions(
     """Space group and cell, which is made to have exactly its symmetry.
 
     Raises:
-        ValueError: The cell does not have the symmetry of the space group.
+        ValueError: There is no such space group, or the cell does not have its symmetry.
     """
     try:
         info = sgtbx.space_group_info(str(space_group))
     except RuntimeError:
         raise ValueError(
-            f"{space_group} is not the symbol of a space group: change "
-            "crystal.space_group"
+            f"crystal.space_group={space_group} is not the symbol of a space group"
         ) from None
     unit_cell = _unit_cell(unit_cell)
     if not info.group().is_compatible_unit_cell(unit_cell, 0.01, 0.1):
         raise ValueError(
-            f"the cell {_text(unit_cell)} does not have the symmetry of the space group "
+            f"the cell {comma_separated(unit_cell.parameters())} does not have the symmetry of the space group "
             f"{info}: set both crystal.unit_cell and crystal.space_group"
         )
     return crystal.special_position_settings(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Sequence
+
 import numpy as np
 
 from cctbx import miller
@@ -11,6 +14,8 @@ from dials_diffuse.extraction.reference import detector_limits
 from dials_diffuse.grid import Grid
 from dials_diffuse.io.truth import SeriesTruth, Truth
 from dials_diffuse.merging.sums import number_voxels, unique_voxels, unpack
+from dials_diffuse.simulation.exposure import air_rate
+from dials_diffuse.simulation.noise import Defects
 from dials_diffuse.simulation.sample import S_STEP, Sample
 from dials_diffuse.simulation.scales import Absorption
 from dials_diffuse.simulation.settings import SimulationSettings
@@ -24,18 +29,11 @@ def truth_grid(
     """The grid that the settings ask for.
 
     Raises:
-        ValueError: The grid breaks the symmetry, is too large, or goes beyond what can be
-            seen at the wavelength.
+        ValueError: The grid breaks the symmetry or is too large.
     """
     d_min = settings.grid.d_min
     if d_min is None:
         d_min = max(detector_limits(experiment)[0] for experiment in experiments[:1])
-    wavelength = settings.beam.wavelength
-    if d_min < wavelength / 2:
-        raise ValueError(
-            f"grid.d_min={d_min:g} is less than half the wavelength, {wavelength / 2:g} Å: "
-            "no detector sees so far"
-        )
     contents = sample.contents
     return Grid(
         unit_cell=contents.unit_cell.parameters(),
@@ -48,9 +46,9 @@ def truth_grid(
 def true_voxels(sample: Sample, grid: Grid, index: np.ndarray) -> dict[str, np.ndarray]:
     """Means over voxels of all that is not Bragg scattering.
 
-    They are averaged over the equivalent voxels too, as merging does: in trigonal and
-    hexagonal groups these have different shapes. The isotropic parts are so smooth that
-    their mean is the value at the centre.
+    They are averaged over the equivalent voxels too, which merging adds up: in trigonal
+    and hexagonal groups these have different shapes. (Merging weighs them by what was
+    measured of each, which may differ from equal weights.)
 
     Args:
         sample: What scatters.
@@ -60,9 +58,9 @@ def true_voxels(sample: Sample, grid: Grid, index: np.ndarray) -> dict[str, np.n
     Returns:
         ``dials_diffuse.io.truth.PARTS``, electrons² per unit cell, shape (n,).
     """
-    s = grid.s(index)
     parts = dict(sample.map.merged_voxel_means(grid, index))
-    parts["solvent"], parts["compton"] = sample.solvent(s), sample.compton(s)
+    for name, function in (("solvent", sample.solvent), ("compton", sample.compton)):
+        parts[name] = sample.map.merged_isotropic_means(function, grid, index)
     parts["intensity"] = sum(parts.values())
     return parts
 
@@ -73,15 +71,15 @@ def true_map(
     """The unique voxels of a grid, their true parts, and who has which in the box.
 
     Raises:
-        ValueError: The grid has no voxel.
+        ValueError: The grid has no voxel within its resolution limit.
     """
     packed = unique_voxels(grid)
-    if len(packed) == 0:
+    index = unpack(packed)
+    if not grid.in_resolution_range(grid.s(index)).any():
         raise ValueError(
             f"No voxel lies within grid.d_min={grid.d_min:g}: use a smaller d_min or a "
             "larger grid.ndiv"
         )
-    index = unpack(packed)
     return index, true_voxels(sample, grid, index), number_voxels(grid, packed)
 
 
@@ -99,13 +97,19 @@ def series_truth(
     )
 
 
-def describe_truth(sample: Sample, d_min: float, series: list[SeriesTruth]) -> Truth:
+def describe_truth(
+    sample: Sample,
+    d_min: float,
+    series: list[SeriesTruth],
+    defects: Sequence[Defects] = (),
+) -> Truth:
     """All of the truth but the voxels, reflections to d_min."""
+    two_theta = np.radians(np.arange(0.0, 90.5, 0.5))
     contents = sample.contents
     s = np.arange(0, 1 / d_min, S_STEP)
     index = miller_index_to_numpy(
         miller.build_set(
-            _symmetry(contents), anomalous_flag=False, d_min=d_min
+            contents.structure.crystal_symmetry(), anomalous_flag=False, d_min=d_min
         ).indices()
     )
     return Truth(
@@ -114,9 +118,10 @@ def describe_truth(sample: Sample, d_min: float, series: list[SeriesTruth]) -> T
         isotropic={"s": s, "solvent": sample.solvent(s), "compton": sample.compton(s)},
         miller_index=index,
         f_squared=sample.bragg.at(*index.T),
+        air={
+            "two_theta": np.degrees(two_theta),
+            "rate": air_rate(sample.settings, two_theta),
+        },
+        defects=[dataclasses.asdict(item) for item in defects],
         series=series,
     )
-
-
-def _symmetry(contents) -> object:
-    return contents.structure.crystal_symmetry()

@@ -98,16 +98,18 @@ class HDF5Output:
 
     Args:
         path: File to make.
+        with_times: Whether the objects of the file tell when they were made. Attributes
+            of more than 64 KiB, the identifiers of a few thousand experiments, need the
+            object headers of HDF5 1.8, which do.
 
     Attributes:
         file: The h5py file.
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
+    def __init__(self, path: str | os.PathLike, with_times: bool = True) -> None:
         self._guard = GuardedFile(path)
-        # Attributes of more than 64 KiB, the identifiers of a few thousand experiments,
-        # need the object headers of HDF5 1.8.
-        self.file = h5py.File(self._guard, "w", libver=("v108", "v110"))
+        oldest = "v108" if with_times else "earliest"
+        self.file = h5py.File(self._guard, "w", libver=(oldest, "v110"))
 
     def check(self) -> None:
         """Raise the error of a write that failed, if any; call it after each write.

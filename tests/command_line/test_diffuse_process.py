@@ -9,6 +9,7 @@ import pickle
 import re
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from simulate_images import count_images, import_images, make_crystal, write_images
@@ -18,7 +19,11 @@ from dxtbx.model.experiment_list import ExperimentList
 from libtbx.utils import Sorry
 
 from dials.array_family import flex
-from dials_diffuse.command_line import diffuse_extract, diffuse_process
+from dials_diffuse.command_line import (
+    diffuse_extract,
+    diffuse_process,
+    diffuse_simulate,
+)
 from dials_diffuse.io.maps import read_map
 from dials_diffuse.io.observations import ObservationFile
 
@@ -237,6 +242,37 @@ def test_wrong_arguments_are_noticed_before_anything_is_run(tmp_path, args, mess
     images = rotation_images(tmp_path, width=0) if args else []
     with pytest.raises(Sorry, match=message):
         diffuse_process.run([*images, *args])
+    assert not Path("imported.expt").exists()
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["truth=merged.h5"], "merged.h5 .*truth"),
+        (["truth=truth.h5"], "has 3,3,3 voxels per reciprocal cell.*2,2,2"),
+        (
+            ["truth=truth.h5", "extract.grid.ndiv=3", "space_group=P4"],
+            "space_group=P 4 has the Laue group P 4/m, .*truth.h5 P m m m",
+        ),
+    ],
+)
+def test_truth_of_another_crystal_is_noticed_before_anything_is_run(args, message):
+    diffuse_simulate.run(
+        [
+            "detector.preset=given",
+            "detector.size=40,40",
+            "detector.pixel=1",
+            "n_images=1",
+            "grid.ndiv=3",
+            "crystal.unit_cell=15,18,21,90,90,90",
+            "background.compton=False",
+            "mp.nproc=1",
+        ]
+    )
+    with h5py.File("merged.h5", "w") as f:
+        f["x"] = 1
+    with pytest.raises(Sorry, match=message):
+        diffuse_process.run(["sim_1_00001.cbf", *args])
     assert not Path("imported.expt").exists()
 
 

@@ -219,3 +219,15 @@ def test_other_wavelength_has_its_own_limits():
     experiments[1].beam = make_beam(0.7)
     expected = detector_limits(experiments[1])[0]
     assert make_grid(experiments, ExtractionSettings()).d_min == expected
+
+
+@pytest.mark.parametrize("shift", [0.0, 40.0])
+def test_beam_near_an_edge(shift):
+    """A whole circle there is tiny: the corners are the limit instead."""
+    detector = make_detector(size=(100, 100), distance=60.0, pixel=(0.3, 0.3))
+    panel = detector[0]
+    origin = np.array(panel.get_origin()) + [shift, 0, 0]
+    panel.set_frame(panel.get_fast_axis(), panel.get_slow_axis(), tuple(origin))
+    e = memory_experiment(random_images(1, detector), detector, make_crystal())
+    circle, corner = detector_limits(e)
+    assert (circle == corner) == (shift > 0)

@@ -60,7 +60,7 @@ def write_cbf_files(folder, e, images, width: float = 1 / 3) -> list[str]:
     paths = [folder / f"x_1_{i:05d}.cbf" for i in range(1, len(images) + 1)]
     for i, (path, (image,)) in enumerate(zip(paths, images)):
         start = -12.3456789 + i * width
-        write_cbf(path, image, e.detector, e.beam, 0.123456789, start, width)
+        write_cbf(path, image, e, 0.123456789, start, width)
     return [str(path) for path in paths]
 
 
@@ -98,6 +98,11 @@ def assert_same_images(experiment, images, first: int = 0) -> None:
             np.testing.assert_array_equal(a.as_numpy_array(), b)
 
 
+def laboratory_axis(goniometer) -> np.ndarray:
+    setting = np.reshape(goniometer.get_setting_rotation(), (3, 3))
+    return setting @ goniometer.get_rotation_axis_datum()
+
+
 def rotation_at(experiment, angle: float) -> np.ndarray:
     """S R(angle) F by dxtbx' own formula."""
     goniometer = experiment.goniometer
@@ -122,6 +127,26 @@ def test_a_sweep_of_cbf_files(tmp_path):
     exposures = list(found.scan.get_exposure_times())
     assert exposures == pytest.approx([0.123456789] * 3)
     assert_same_images(found, images)
+
+
+@pytest.mark.parametrize(
+    "goniometer",
+    [
+        GoniometerSettings(fixed_rotation=(10, 20, 30)),
+        GoniometerSettings(setting_rotation=(40, 0, 0)),
+        GoniometerSettings((0, 1, 0), (10, 20, 30), (0, 0, -90)),
+    ],
+)
+def test_the_rotation_axis_of_cbf_files(tmp_path, goniometer):
+    """The crystal turns as it did, apart from a rotation on the goniometer head."""
+    e = experiment(goniometer=goniometer)
+    (found,) = read(write_cbf_files(tmp_path, e, counts(3, e.detector)))
+    np.testing.assert_allclose(
+        laboratory_axis(found.goniometer), laboratory_axis(e.goniometer), atol=1e-9
+    )
+    start, end = 3.0, 40.0
+    turns = [rotation_at(x, end) @ rotation_at(x, start).T for x in (found, e)]
+    np.testing.assert_allclose(*turns, atol=1e-9)
 
 
 def test_full_precision_matters(tmp_path):
@@ -155,7 +180,7 @@ def test_stills_at_different_angles_are_no_sweep(tmp_path):
     paths = [tmp_path / f"x_{i:05d}.cbf" for i in (1, 2, 3)]
     for i, path in enumerate(paths):
         (image,) = counts(1, e.detector)[0]
-        write_cbf(path, image, e.detector, e.beam, 0.1, start=5.0 * i, width=0)
+        write_cbf(path, image, e, 0.1, start=5.0 * i, width=0)
     found = read(paths)
     assert [x.scan.get_image_range() for x in found] == [(1, 1), (2, 2), (3, 3)]
     assert {x.scan.get_oscillation() for x in found} == {(0.0, 0.0)}
@@ -180,6 +205,25 @@ def test_files_are_the_same_each_time(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "goniometer",
+    [
+        GoniometerSettings((0, 1, 0)),
+        GoniometerSettings((-1, 0, 0)),
+        GoniometerSettings((1, 0, 1e-5)),
+        GoniometerSettings(setting_rotation=(0, 5, 0)),
+    ],
+)
+def test_rotation_that_cbf_cannot_tell(tmp_path, goniometer):
+    e = experiment(goniometer=goniometer)
+    image = np.zeros(SIZE[::-1], np.int32)
+    with pytest.raises(ValueError, match="not about x of the laboratory: write NeXus"):
+        write_cbf(tmp_path / "x_1.cbf", image, e, 0.1)
+    assert not list(tmp_path.iterdir())
+    stills = experiment(goniometer=goniometer, stills=True)
+    write_cbf(tmp_path / "x_1.cbf", image, stills, 0.1)
+
+
+@pytest.mark.parametrize(
     "detector, shape, dtype, message",
     [
         ({"panels": (1, 2)}, (50, 60), np.int32, "one panel, but the detector has 2"),
@@ -191,10 +235,16 @@ def test_files_are_the_same_each_time(tmp_path):
 def test_what_cbf_cannot_tell(tmp_path, detector, shape, dtype, message):
     e = experiment(**detector)
     with pytest.raises(ValueError, match=message):
-        write_cbf(tmp_path / "x_1.cbf", np.zeros(shape, dtype), e.detector, e.beam, 0.1)
+        write_cbf(tmp_path / "x_1.cbf", np.zeros(shape, dtype), e, 0.1)
     assert not list(tmp_path.iterdir())
 
 
+GONIOMETERS = [
+    GoniometerSettings(),
+    GoniometerSettings((0, 1, 0)),
+    GoniometerSettings(setting_rotation=(0, 0, 25)),
+    GENERAL,
+]
 DETECTORS = [
     {},
     {"two_theta": 20.0},
@@ -205,7 +255,7 @@ DETECTORS = [
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
-@pytest.mark.parametrize("goniometer", [GoniometerSettings(), GENERAL])
+@pytest.mark.parametrize("goniometer", GONIOMETERS)
 def test_a_sweep_in_nexus(tmp_path, detector, goniometer):
     e = experiment(goniometer=goniometer, **detector)
     images = counts(3, e.detector)
@@ -238,14 +288,18 @@ def test_stills_in_nexus(tmp_path, detector):
         assert_same_images(x, [image])
 
 
-def test_one_image_of_a_sweep_in_nexus(tmp_path):
-    """No axis moves: the file holds the scan axis alone."""
-    e = experiment(n_images=1, goniometer=GENERAL)
+@pytest.mark.parametrize("goniometer", GONIOMETERS)
+def test_one_image_of_a_sweep_in_nexus(tmp_path, goniometer):
+    """No axis moves: the file holds one, that of the rotation in the laboratory."""
+    e = experiment(n_images=1, goniometer=goniometer)
     write_nexus(tmp_path / "x.nxs", e, counts(1, e.detector), 0.1)
     (found,) = read([tmp_path / "x.nxs"])
     assert found.scan.get_oscillation() == pytest.approx(e.scan.get_oscillation())
-    axes = (x.goniometer.get_rotation_axis_datum() for x in (found, e))
-    assert next(axes) == pytest.approx(next(axes))
+    np.testing.assert_allclose(
+        laboratory_axis(found.goniometer), laboratory_axis(e.goniometer), atol=1e-9
+    )
+    turns = [rotation_at(x, 40.0) @ rotation_at(x, 3.0).T for x in (found, e)]
+    np.testing.assert_allclose(*turns, atol=1e-9)
     assert np.reshape(found.goniometer.get_fixed_rotation(), (3, 3)) == pytest.approx(
         np.eye(3)
     )

@@ -22,6 +22,15 @@ def written(tmp_path):
         composition={"C": 12.0, "H": 20.5},
         scattering_power=3.5,
         isotropic={"s": np.arange(3.0), "solvent": np.ones(3), "compton": np.zeros(3)},
+        air={"two_theta": np.arange(4.0), "rate": np.full(4, 7.0)},
+        defects=[
+            {
+                "hot": np.array([3, 5]),
+                "excess": np.array([10.0, 20.0]),
+                "flickering": np.array([8]),
+                "dead": np.array([], dtype=int),
+            }
+        ],
         miller_index=np.array([[1, 0, 0], [1, 1, 2]]),
         f_squared=np.array([4.0, 9.0]),
         series=[
@@ -50,8 +59,15 @@ def test_everything_comes_back(written):
         np.testing.assert_array_equal(f_squared, [4.0, 9.0])
         assert set(truth.isotropic()) == {"s", "solvent", "compton"}
         first, second = truth.series()
-        assert second["identifiers"] == ["b", "c"]
-        np.testing.assert_array_equal(first["scale"], [1.0, 2.0])
+        assert second.identifiers == ["b", "c"]
+        np.testing.assert_array_equal(first.scale, [1.0, 2.0])
+        assert first.absorption == 0.5
+        np.testing.assert_array_equal(first.way_out, [1, 0, 0])
+        np.testing.assert_array_equal(first.way_in, [0, 1, 0])
+        np.testing.assert_array_equal(truth.air()["rate"], 7.0)
+        (defects,) = truth.defects()
+        np.testing.assert_array_equal(defects["hot"], [3, 5])
+        assert len(defects["dead"]) == 0
 
 
 def test_dense_map_has_the_symmetry(written):

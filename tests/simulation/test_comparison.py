@@ -46,7 +46,14 @@ def write_true_map(tmp_path):
         parts["intensity"] = true_intensity(grid, index)
         isotropic = {part: np.ones(2) for part in ("s", "solvent", "compton")}
         truth = Truth(
-            {"C": 10.0}, POWER, isotropic, np.ones((1, 3)), np.ones(1), series=[]
+            composition={"C": 10.0},
+            scattering_power=POWER,
+            isotropic=isotropic,
+            air={"two_theta": np.zeros(1), "rate": np.zeros(1)},
+            defects=[],
+            miller_index=np.ones((1, 3)),
+            f_squared=np.ones(1),
+            series=[],
         )
         numbers = number_voxels(grid, packed)
         write_truth(tmp_path / name, grid, index, parts, numbers, truth)

@@ -6,11 +6,7 @@ import numpy as np
 import pytest
 
 from dials_diffuse.simulation.isotropic import compton, solvent_ring
-from dials_diffuse.simulation.structure import (
-    form_factor,
-    random_contents,
-    sum_f_squared,
-)
+from dials_diffuse.simulation.structure import form_factor, random_contents
 
 
 def test_solvent_ring_has_its_height_at_its_maximum():
@@ -40,7 +36,8 @@ def test_share_of_compton_in_a_protein_crystal(d, share):
     contents = random_contents("P 43 21 2", (78, 78, 37, 90, 90, 90), 0.4, 20.0, 3)
     s = np.array([1 / d])
     incoherent = compton(contents.composition, s, 1.0)
-    total = incoherent + sum_f_squared(contents, s)
+    coherent = sum(n * form_factor(e, s) ** 2 for e, n in contents.composition.items())
+    total = incoherent + coherent
     assert (incoherent / total)[0] == pytest.approx(share, rel=0.04)
 
 

@@ -27,6 +27,7 @@ SIZE, PIXEL, DISTANCE = (60, 50), 0.172, 30.0
 CELL = uctbx.unit_cell((30, 41, 53, 90, 90, 90))
 GROUP = sgtbx.space_group_info("P 21 21 21").group()
 GENERAL = GoniometerSettings((0.9, 0.1, -0.2), (10, 20, 30), (-5, 6, 7))
+TURNED = GoniometerSettings((1.0, 0.0, 0.0), (10, 20, 30), (40, 0, 0))  # about x
 
 
 def small_detector(**kwargs) -> DetectorSettings:
@@ -50,6 +51,15 @@ def axis_rotation(axis: int, degrees: float) -> np.ndarray:
     r = np.eye(3)
     r[i, i], r[i, j], r[j, i], r[j, j] = c, -s, s, c
     return r
+
+
+def crystals_of(s: SimulationSettings, cell=CELL, group=GROUP) -> list:
+    """The crystals of all series, in their order."""
+    return [
+        crystal
+        for number in range(1, s.n_crystals + 1)
+        for crystal in models.series_crystals(s, cell, group, number)
+    ]
 
 
 def settings_matrix(crystals) -> np.ndarray:
@@ -176,12 +186,33 @@ def test_panels_must_face_the_sample():
     models.make_detector(settings({"panels": (3, 1), "panel_tilt": 60}))
 
 
+@pytest.mark.parametrize("mode", ["rotation", "stills"])
 @pytest.mark.parametrize(
     "detector, nexus",
     [({}, False), ({"panels": (1, 2)}, True), ({"two_theta": -3.0}, True)],
 )
-def test_which_detectors_need_nexus(detector, nexus):
-    assert models.needs_nexus(small_detector(**detector)) is nexus
+def test_which_detectors_need_nexus(detector, nexus, mode):
+    assert models.needs_nexus(settings(detector, mode=mode)) is nexus
+
+
+@pytest.mark.parametrize(
+    "goniometer, nexus",
+    [
+        (GoniometerSettings((2.5, 0, 0)), False),
+        (GoniometerSettings((1, 0, 1e-9)), False),
+        (GoniometerSettings((1, 0, 0), fixed_rotation=(10, 20, 30)), False),
+        (GoniometerSettings((1, 0, 0), setting_rotation=(35, 0, 0)), False),
+        # what the setting rotation puts back
+        (GoniometerSettings((0, 1, 0), setting_rotation=(0, 0, -90)), False),
+        (GoniometerSettings((0, 1, 0)), True),
+        (GoniometerSettings((-1, 0, 0)), True),
+        (GoniometerSettings((1, 0, 1e-5)), True),
+        (GoniometerSettings((1, 0, 0), setting_rotation=(0, 0, 2)), True),
+    ],
+)
+def test_which_goniometers_need_nexus(goniometer, nexus):
+    assert models.needs_nexus(settings(goniometer=goniometer)) is nexus
+    assert not models.needs_nexus(settings(goniometer=goniometer, mode="stills"))
 
 
 def test_goniometer():
@@ -214,7 +245,7 @@ N_TIED = {"P 41 21 2": 2, "P 61": 2, "R 3 :R": 1, "F m -3 m": 1}  # free edges
 def test_a_crystal_without_rotation_has_a_star_along_x(symbol):
     group = sgtbx.space_group_info(symbol).group()
     cell = uctbx.unit_cell(CELLS[symbol])
-    (crystal,) = models.make_crystals(
+    (crystal,) = crystals_of(
         settings(crystal=CrystalSettings(orientation=(0, 0, 0))), cell, group
     )
     a = matrix(crystal.get_A())
@@ -226,14 +257,14 @@ def test_a_crystal_without_rotation_has_a_star_along_x(symbol):
 
 def test_orientation_of_the_first_crystal():
     angles = (20.0, -35.0, 70.0)
-    crystals = models.make_crystals(
-        settings(n_crystals=3, crystal=CrystalSettings(orientation=angles)), CELL, GROUP
+    crystals = crystals_of(
+        settings(n_crystals=3, crystal=CrystalSettings(orientation=angles))
     )
     x, y, z = (axis_rotation(i, angle) for i, angle in enumerate(angles))
     u = settings_matrix(crystals) @ np.diag(CELL.parameters()[:3])
     np.testing.assert_allclose(u[0], z @ y @ x, atol=1e-12)
     # the others are as without it
-    others = models.make_crystals(settings(n_crystals=3), CELL, GROUP)
+    others = crystals_of(settings(n_crystals=3))
     np.testing.assert_array_equal(
         settings_matrix(crystals)[1:], settings_matrix(others)[1:]
     )
@@ -258,13 +289,13 @@ def test_spread_cells_have_the_symmetry(symbol):
 
 def test_each_crystal_has_its_own_cell():
     s = settings(n_crystals=3, crystal=CrystalSettings(cell_spread=0.01))
-    cells = [c.get_unit_cell() for c in models.make_crystals(s, CELL, GROUP)]
+    cells = [c.get_unit_cell() for c in crystals_of(s)]
     edges = np.array([c.parameters()[0] for c in cells])
     assert np.abs(np.diff(edges)).min() > 1e-3
     assert edges == pytest.approx(30, rel=0.05)
     # the spread leaves the orientations alone
     flat = dataclasses.replace(s, crystal=CrystalSettings())
-    for a, b in zip(*(models.make_crystals(x, CELL, GROUP) for x in (s, flat))):
+    for a, b in zip(*(crystals_of(x) for x in (s, flat))):
         assert np.array(a.get_U()) == pytest.approx(np.array(b.get_U()))
 
 
@@ -298,7 +329,7 @@ def random_stills(n_images: int, **kwargs) -> np.ndarray:
         scan=ScanSettings(orientations="random"),
         **kwargs,
     )
-    a = settings_matrix(models.make_crystals(s, CELL, GROUP))
+    a = settings_matrix(crystals_of(s))
     return a @ np.diag(CELL.parameters()[:3])
 
 
@@ -376,7 +407,7 @@ def test_names_of_image_files(tmp_path):
 def write_series(folder, s: SimulationSettings) -> list[models.Series]:
     """All series, with images that hold 100·series + 10·image + panel."""
     result = models.make_series(s, CELL, GROUP)
-    nexus = models.needs_nexus(s.detector)
+    nexus = models.needs_nexus(s)
     for series in result:
         paths = models.image_paths(series, folder, "sim", nexus)
         e = series.experiments[0]
@@ -391,7 +422,7 @@ def write_series(folder, s: SimulationSettings) -> list[models.Series]:
             write_nexus(paths[0], e, images, 0.1)
         else:
             for path, image in zip(paths, images):
-                write_cbf(path, image[0], e.detector, e.beam, 0.1)
+                write_cbf(path, image[0], e, 0.1)
         assert models.attach_images(series, paths) is series.experiments
     return result
 
@@ -401,15 +432,18 @@ def values(imageset, i: int) -> list[int]:
 
 
 @pytest.mark.parametrize("mode", ["rotation", "stills"])
+@pytest.mark.parametrize("goniometer", [GENERAL, TURNED])
 @pytest.mark.parametrize("panels", [(1, 1), (2, 1)])
-def test_experiment_lists_open_again_with_their_images(tmp_path, mode, panels):
-    """Each still its own image, with the exact models."""
+def test_experiment_lists_open_again_with_their_images(
+    tmp_path, mode, panels, goniometer
+):
+    """Each still its own image, with the exact models; a background of one image."""
     s = settings(
         {"panels": panels, "panel_tilt": 10, "distance": 1e3 / 33},
         mode=mode,
         n_crystals=2,
         n_images=3,
-        goniometer=GENERAL,
+        goniometer=goniometer,
         background=BackgroundSettings(n_images=1),
     )
     series = write_series(tmp_path, s)

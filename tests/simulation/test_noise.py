@@ -9,7 +9,11 @@ from dials_diffuse.simulation.noise import (
     image_generator,
     make_defects,
 )
-from dials_diffuse.simulation.settings import DetectorSettings, SimulationSettings
+from dials_diffuse.simulation.settings import (
+    LARGEST_COUNT,
+    DetectorSettings,
+    SimulationSettings,
+)
 
 N = 40000
 
@@ -53,6 +57,13 @@ def test_gaps_and_saturation():
     counts = image(settings(count_cutoff=100), 1000.0, active=active)
     np.testing.assert_array_equal(counts[~active], GAP_VALUE)
     np.testing.assert_array_equal(counts[active], 101)
+
+
+def test_the_largest_count_that_fits_into_the_image():
+    counts = image(settings(count_cutoff=LARGEST_COUNT, gain=1e4), 1e9)
+    np.testing.assert_array_equal(counts, 2**31 - 1)
+    with pytest.raises(ValueError, match="count_cutoff=2147483647 is too large"):
+        settings(count_cutoff=LARGEST_COUNT + 1)
 
 
 def test_faulty_pixels_are_those_that_were_asked_for():

@@ -12,10 +12,12 @@ from simulate_images import (
 
 from dxtbx.model import Crystal, Experiment
 
+from dials_diffuse.corrections import gas_attenuation
 from dials_diffuse.extraction.settings import CorrectionSettings
 from dials_diffuse.extraction.tables import direction_and_normalisation
 from dials_diffuse.geometry.orientation import frame_model
 from dials_diffuse.simulation.pixels import (
+    air_attenuation,
     laboratory_axis,
     moment,
     panel_pixels,
@@ -45,6 +47,21 @@ def test_two_roads_to_the_normalisation(n_panels, tilt, parallax):
         # the solid angle of extraction is that of a small pixel
         np.testing.assert_allclose(pixels.normalisation, expected[3], rtol=5e-5)
         assert np.ptp(pixels.normalisation) > 0.1 * pixels.normalisation.max()
+
+
+@pytest.mark.parametrize("path", ["air", "helium", "vacuum"])
+@pytest.mark.parametrize("wavelength", [0.7, 0.9768, 1.5418])
+def test_two_roads_to_the_attenuation_of_air(path, wavelength):
+    """By density and mass fractions, and by the ideal gas and mole fractions."""
+    found = air_attenuation(AirSettings(path, 300.0, 9e4), wavelength)
+    expected = gas_attenuation(path, wavelength, 300.0, 9e4)
+    assert found == pytest.approx(expected, rel=3e-3)
+
+
+def test_attenuation_of_air_by_hand():
+    """3.1e-4 /mm at 0.9768 Å, 1.18e-3 at 1.5418 Å."""
+    assert air_attenuation(AirSettings(), 0.9768) == pytest.approx(3.1e-4, rel=0.02)
+    assert air_attenuation(AirSettings(), 1.5418) == pytest.approx(1.18e-3, rel=0.02)
 
 
 def test_solid_angles_add_up():

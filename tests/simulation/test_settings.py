@@ -41,24 +41,53 @@ def test_every_parameter_is_read():
     [
         ("beam.flux=-1", "beam.flux=-1 must be positive"),
         ("detector.distance=-100", "behind the source"),
-        ("detector.distance=0", "must be positive"),
+        ("detector.distance=0", "=0 puts the detector into the sample.*be positive"),
         ("scan.width=0", "scan.width=0 must be positive for rotation data.*stills"),
         ("bragg.sigma=0", "bragg.on=False"),
         ("detector.preset=given", "needs detector.size and detector.pixel"),
         ("detector.modules=400,1 detector.gap=10,0", "do not fit into 487 pixels"),
-        ("goniometer.axis=0,0,0", "zero length"),
+        ("goniometer.axis=0,0,0", "axis=0, 0, 0 has no direction"),
+        ("goniometer.axis=1e200,0,0", r"axis=1e\+200, 0, 0 has no direction"),
+        ("beam.polarization_normal=0,0,0", "normal=0, 0, 0 has no direction"),
+        ("beam.polarization_normal=0,1e-9,1e-7", "perpendicular to the beam"),
         ("beam.polarization_normal=0,0,1", "perpendicular to the beam"),
-        ("crystal.space_group='P 5'", "P 5 is not the symbol of a space group"),
+        ("goniometer.axis=None", "goniometer.axis=None: a value must be given"),
+        ("detector.panels=None", "detector.panels=None: a value must be given"),
+        ("bragg.on=None", "bragg.on=None: a value must be given"),
+        # cctbx makes the missing edge 1 Å
         (
-            "crystal.space_group='P 41' crystal.unit_cell=30,31,40,90,90,90",
-            "30, 31, 40, 90, 90, 90 does not have the symmetry of the space group P 41",
+            "crystal.unit_cell=30,40",
+            "30, 40, 1, .* has an edge below 2 Å: give a, b, c",
         ),
+        ("crystal.unit_cell=nan,40,50,90,90,90", "unit_cell=nan, 40.* must be finite"),
+        ("detector.panels=900,900", "panels=900, 900 make .* at most 100000000"),
         ("grid.ndiv=2,3", "grid.ndiv takes one number or three"),
     ],
 )
 def test_impossible_values_are_named(text, message):
     with pytest.raises(ValueError, match=message):
         settings(text)
+
+
+SIZES = {
+    f"{scope.name}.{item.name}": getattr(item.type, "size_max", None) or 1
+    for scope in load_phil("simulate").objects
+    if scope.is_scope
+    for item in scope.objects
+    if item.type.phil_type in ("float", "floats")
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_numbers_must_be_finite(name):
+    """nan passes the limits of PHIL, infinity those that it has not got."""
+    assert len(SIZES) > 30
+    rest = ",1" * (SIZES[name] - 1)
+    with pytest.raises(ValueError, match=f"^{name}=nan.* must be finite"):
+        settings(f"{name}=nan{rest}")
+    for value in ("inf", "-inf"):
+        with pytest.raises((ValueError, RuntimeError), match=name):
+            settings(f"{name}={value}{rest}")
 
 
 def test_stills_need_no_rotation():

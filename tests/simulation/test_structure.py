@@ -11,11 +11,11 @@ from dials_diffuse.simulation.settings import CrystalSettings, SimulationSetting
 from dials_diffuse.simulation.structure import (
     BraggIntensities,
     CellContents,
+    atomic_number,
     contents_from_file,
     form_factor,
     make_contents,
     random_contents,
-    sum_f_squared,
 )
 
 CELLS = {
@@ -170,18 +170,18 @@ def test_form_factor_of_an_unknown_element():
         form_factor("Xx", np.zeros(1))
 
 
-def test_sum_of_squares_of_all_atoms():
+def test_composition():
     contents = small_contents("P 21 21 21")
     contents = CellContents(contents.structure, 10.0)
     # The atom at the origin is no special position in this group
     expected = {"C": 4.0, "S": 2.4, "H": 24.0, "O": 14.0}
     assert contents.composition == pytest.approx(expected)
-    assert contents.n_electrons == pytest.approx(4 * 6 + 2.4 * 16 + 24 + 14 * 8)
-    squares = 4 * 36 + 2.4 * 256 + 24 + 14 * 64
-    assert sum_f_squared(contents, np.zeros(1))[0] == pytest.approx(squares, rel=1e-3)
-    s = np.array([0.2, 0.9])
-    by_hand = sum(n * form_factor(e, s) ** 2 for e, n in expected.items())
-    np.testing.assert_allclose(sum_f_squared(contents, s), by_hand, rtol=1e-12)
+
+
+@pytest.mark.parametrize("element, number", [("H", 1), ("C", 6), ("S", 16), ("Zn", 30)])
+def test_atomic_number_is_the_form_factor_at_zero(element, number):
+    assert atomic_number(element) == number
+    assert form_factor(element, np.zeros(1))[0] == pytest.approx(number, rel=1e-3)
 
 
 def test_special_positions_count_once():
@@ -233,6 +233,14 @@ def test_no_room_for_atoms(a):
         random_contents("F 2 3", cell, 0.5, 20.0, 1)
 
 
+def test_too_many_atoms():
+    cell = (500, 500, 500, 90, 90, 90)
+    with pytest.raises(
+        ValueError, match="too large for a random structure: 993[0-9]{3} "
+    ):
+        random_contents("P 21 21 21", cell, 0.45, 20.0, 1)
+
+
 def test_pdb_file(tmp_path):
     path = tmp_path / "model.pdb"
     path.write_text(PDB)
@@ -247,8 +255,10 @@ def test_pdb_file(tmp_path):
     mass = 4 * (14.007 + 1.008 + 0.5 * 65.39)
     room = 20 * 22 * 24 - mass * 0.73 / 0.602214
     assert contents.n_waters == pytest.approx(room * 0.0334 - 3, rel=1e-5)
-    expected = 4 * 7 + 4 + 2 * 30 + 3 * 8 + 3 + 10 * contents.n_waters
-    assert contents.n_electrons == pytest.approx(expected)
+    waters = contents.n_waters
+    assert contents.composition == pytest.approx(
+        {"N": 4, "H": 7 + 2 * waters, "Zn": 2, "O": 3 + waters}
+    )
 
 
 def test_mmcif_file(tmp_path):
@@ -317,13 +327,28 @@ def test_make_contents(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "crystal_settings",
+    "crystal_settings, message",
     [
-        CrystalSettings(space_group="P 61"),
-        CrystalSettings(unit_cell=uctbx.unit_cell((20, 22, 24, 80, 90, 90))),
+        # with the default of the other
+        (CrystalSettings(space_group="P 61"), "symmetry of the space group P 61: set"),
+        (
+            CrystalSettings(unit_cell=uctbx.unit_cell((20, 22, 24, 80, 90, 90))),
+            "the cell 20, 22, 24, 80, 90, 90 does not have.*P 21 21 21: set both",
+        ),
+        (
+            CrystalSettings(
+                space_group="P 41",
+                unit_cell=uctbx.unit_cell((30, 31, 40, 90, 90, 90)),
+            ),
+            "30, 31, 40, 90, 90, 90 does not have the symmetry of the space group P 41",
+        ),
+        (
+            CrystalSettings(space_group="P 5"),
+            "crystal.space_group=P 5 is not the symbol",
+        ),
     ],
 )
-def test_cell_or_group_that_does_not_fit_the_default(crystal_settings):
+def test_cell_and_group_that_do_not_fit(crystal_settings, message):
     settings = SimulationSettings(crystal=crystal_settings)
-    with pytest.raises(ValueError, match="set both crystal.unit_cell and"):
+    with pytest.raises(ValueError, match=message):
         make_contents(settings)

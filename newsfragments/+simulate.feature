@@ -1,0 +1,1 @@
+``dials.diffuse_simulate``: Simulates images of rotation data and stills, as CBF or NeXus, of a crystal whose diffuse scattering is known exactly, with the true map, scales and models, or forecasts what such an experiment would give.
