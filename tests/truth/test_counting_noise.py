@@ -25,7 +25,7 @@ CASES = {
 def report_noise(name: str, comparison: Comparison) -> None:
     o = comparison.overall
     report(
-        name,
+        f"noise, {name}",
         photons=o.counts,
         chi2=f"{o.chi2:.4f}±{o.chi2_error:.4f}",
         of_shells=f"{min(s.chi2 for s in comparison.shells):.3f}.."

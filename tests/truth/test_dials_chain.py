@@ -52,8 +52,9 @@ LARGEST_RMSD = {
     "rotation": {"rmsd_x_px": 0.063, "rmsd_y_px": 0.063, "rmsd_angle_deg": 0.06},
     "stills": {"rmsd_x_px": 0.24, "rmsd_y_px": 0.24},
 }
+LEAST_CC = {"rotation": 0.9, "stills": 0.98}
 # of the edges, median over the crystals; a single still may be wrong by 2 %
-LARGEST_CELL_ERROR = {"rotation": 0.0005, "stills": 0.002}
+LARGEST_CELL_ERROR = {"rotation": 0.001, "stills": 0.002}
 # the polarization is not in the header of the images
 CORRECTIONS = "corrections.polarization_fraction=0.999"
 EXCLUSION = (16.0, 16.0, 16.0, 0.0, 0.0, 0.0)
@@ -66,7 +67,7 @@ def check_models(kind: str, record: dict) -> None:
     if kind == "stills":
         assert record["spots"]["n_images_indexed"] >= 0.9 * 50
     rmsd = {name: record["refinement"][name] for name in LARGEST_RMSD[kind]}
-    report(kind, indexed=record["spots"]["fraction_indexed"], **rmsd)
+    report(f"DIALS chain, {kind}", indexed=record["spots"]["fraction_indexed"], **rmsd)
     for name, largest in LARGEST_RMSD[kind].items():
         assert rmsd[name] < largest, name
     cells = np.array(
@@ -80,14 +81,7 @@ def check_models(kind: str, record: dict) -> None:
     error = np.abs(
         np.median(cells, axis=0) / uctbx.unit_cell(CELL).parameters()[:3] - 1
     )
-    print(
-        "DBG",
-        np.mean(cells, 0),
-        np.median(cells, 0),
-        cells.std(0),
-        np.sort(abs(cells / [34, 38, 42] - 1).max(1))[-9:],
-    )
-    report(f"{kind}, cell", error=f"{error.max():.3%}")
+    report(f"DIALS chain, {kind}, cell", error=f"{error.max():.3%}")
     assert np.all(error < LARGEST_CELL_ERROR[kind])
 
 
@@ -118,7 +112,7 @@ def test_refined_models_are_as_good_as_the_true_ones(tmp_path, monkeypatch, kind
         compare(path, "truth.h5", exclusion=EXCLUSION).overall.cc_anisotropic
         for path in ("merged.h5", "map/merged.h5")
     )
-    report(f"{kind}, cc_aniso", true_models=true, refined_models=refined)
-    assert true > 0.9
-    assert refined == pytest.approx(true, abs=0.01)
+    report(f"DIALS chain, {kind}, cc_aniso", true_models=true, refined_models=refined)
+    assert true > LEAST_CC[kind]
+    assert refined == pytest.approx(true, abs=0.003)
     assert record["truth"]["overall"]["cc_anisotropic"] == pytest.approx(refined)

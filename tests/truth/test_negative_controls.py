@@ -40,7 +40,7 @@ def faultless(tmp_path_factory):
 
 
 def test_faultless(faultless):
-    report_agreement("faultless", faultless)
+    report_agreement("control, faultless", faultless)
     assert_is_truth(faultless, FAULTLESS)
 
 
@@ -75,7 +75,7 @@ def turn_a_crystal(experiments) -> None:
 )
 def test_wrong_geometry(tmp_path, spoil, rms, cc):
     spoilt = climb(SHARPER, tmp_path, spoil=spoil, n_shells=6)
-    report_agreement(spoil.__name__, spoilt)
+    report_agreement(f"control, {spoil.__name__}", spoilt)
     assert disagreements(spoilt, FAULTLESS)
     assert spoilt.overall.rms_deviation > 0.85 * rms
     assert 1 - spoilt.overall.cc_anisotropic > 0.85 * (1 - cc)
@@ -99,7 +99,7 @@ def test_one_of_three_crystals_turned_by_a_third_of_a_degree(tmp_path):
     for name, spoil in (("right", lambda _: None), ("turned", turn_a_crystal)):
         (tmp_path / name).mkdir()
         comparison = climb(THREE_CRYSTALS, tmp_path / name, spoil=spoil, n_shells=6)
-        report_agreement(f"three crystals, {name}", comparison)
+        report_agreement(f"control, three crystals, {name}", comparison)
         assert bool(disagreements(comparison, found)) == (name == "turned")
     assert comparison.overall.rms_deviation > 0.0078
 
@@ -107,7 +107,7 @@ def test_one_of_three_crystals_turned_by_a_third_of_a_degree(tmp_path):
 def test_wrong_polarization_plane(tmp_path):
     normal = {"polarization_normal": (1.0, 0.0, 0.0)}
     spoilt = climb(SHARPER, tmp_path, corrections=normal, n_shells=6)
-    report_agreement("polarization plane", spoilt)
+    report_agreement("control, polarization plane", spoilt)
     assert disagreements(spoilt, FAULTLESS)
     assert spoilt.overall.rms_deviation > 0.048
     assert spoilt.overall.cc_anisotropic < 0.98
@@ -121,7 +121,7 @@ def halve_counts(experiments) -> None:
 def test_wrong_gain_without_noise(tmp_path, faultless):
     """It shows on the absolute scale only."""
     spoilt = climb(SHARPER, tmp_path, spoil=halve_counts, n_shells=6)
-    report_agreement("gain", spoilt)
+    report_agreement("control, gain", spoilt)
     assert disagreements(spoilt, FAULTLESS)
     assert spoilt.overall.ratio == pytest.approx(0.5 * faultless.overall.ratio)
     assert spoilt.overall.cc == pytest.approx(faultless.overall.cc)
@@ -132,7 +132,9 @@ def test_wrong_gain_with_noise(tmp_path, spoil, chi2):
     """On a fitted scale half the counts have half the variance that they should have."""
     settings = vary(SHARPER, beam={"flux": 1e8})
     comparison = climb(settings, tmp_path, noise=True, spoil=spoil, scale="fit")
-    report("gain with noise", scale=comparison.scale, chi2=comparison.overall.chi2)
+    report(
+        "control, gain with noise", scale=comparison.scale, chi2=comparison.overall.chi2
+    )
     assert comparison.overall.chi2 == pytest.approx(chi2, rel=0.1)
 
 
@@ -155,6 +157,6 @@ def test_wrong_space_group(tmp_path):
             truth_on_grid_of_map=True,
             n_shells=6,
         )
-        report_agreement(f"space group, {name}", comparison)
+        report_agreement(f"control, space group, {name}", comparison)
         assert bool(disagreements(comparison, found)) == (name == "wrong")
     assert comparison.overall.rms_deviation > 0.074

@@ -32,7 +32,7 @@ def test_extent_of_pixels_matters_little(tmp_path):
     for parts in (1, 3):
         (tmp_path / str(parts)).mkdir()
         comparison = climb(FEW, tmp_path / str(parts), n_shells=6, parts_of_pixel=parts)
-        report_agreement(f"{parts} x {parts} parts of a pixel", comparison)
+        report_agreement(f"extent, {parts} x {parts} parts of a pixel", comparison)
         comparisons.append(comparison)
     centres, averages = comparisons
     assert_is_truth(averages, FOUND)
@@ -40,6 +40,6 @@ def test_extent_of_pixels_matters_little(tmp_path):
     shift = averages.voxels.intensity / centres.voxels.intensity - 1
     bias = [a.ratio / c.ratio - 1 for a, c in zip(averages.shells, centres.shells)]
     rms = np.sqrt(np.mean(shift**2))
-    report("extent of pixels", bias=np.abs(bias).max(), rms=f"{rms:.3%}")
+    report("extent, means - centres", bias=np.abs(bias).max(), rms=f"{rms:.3%}")
     assert np.abs(bias).max() < 6e-5
     assert 0.0014 < rms < 0.0023  # more than nothing
