@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import concurrent.futures.process
 import dataclasses
 import functools
 import logging
 import multiprocessing
 import multiprocessing.synchronize
 import os
-import signal
 import tempfile
 from pathlib import Path
 from typing import Iterator, Sequence
@@ -39,11 +37,10 @@ from dials_diffuse.extraction.tables import (
 )
 from dials_diffuse.grid import Grid
 from dials_diffuse.io.observations import ObservationWriter
+from dials_diffuse.util.parallel import FORK, forked_results
 
 logger = logging.getLogger("dials.diffuse.extract")
 
-# fork hands over the open experiments and the detector arrays without a copy
-FORK = multiprocessing.get_context("fork")
 CACHED_TABLES = 2  # 100 MB each for 6 million pixels
 
 
@@ -133,11 +130,6 @@ def _run_task(first: int, last: int) -> TaskResult:
     return result
 
 
-def _ignore_interrupt() -> None:
-    """Ctrl-C reaches all processes of a terminal; the parent deals with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def cut_into_tasks(blocks: Sequence[Block], nproc: int) -> list[tuple[int, int]]:
     """Ranges of blocks with about equal numbers of images, a few for each process."""
     n_images = np.concatenate([[0], np.cumsum([len(block) for block in blocks])])
@@ -145,27 +137,6 @@ def cut_into_tasks(blocks: Sequence[Block], nproc: int) -> list[tuple[int, int]]
     targets = np.arange(n_tasks + 1) * n_images[-1] / n_tasks
     cuts = np.unique(np.searchsorted(n_images, targets))
     return list(zip(map(int, cuts[:-1]), map(int, cuts[1:])))
-
-
-def _results(tasks: list[tuple[int, int]], nproc: int) -> Iterator[TaskResult]:
-    """Results of the tasks, in their order."""
-    if nproc == 1:
-        for task in tasks:
-            yield _run_task(*task)
-        return
-    with concurrent.futures.ProcessPoolExecutor(
-        nproc, mp_context=FORK, initializer=_ignore_interrupt
-    ) as pool:
-        futures = [pool.submit(_run_task, *task) for task in tasks]
-        try:
-            for future in futures:
-                yield future.result()
-        except BaseException:
-            # nobody wants the results any more: tasks end after their present block
-            _job.stop.set()
-            for future in futures:
-                future.cancel()
-            raise
 
 
 def _run_tasks(job: Job, n_processes: int) -> list[TaskResult]:
@@ -179,16 +150,14 @@ def _run_tasks(job: Job, n_processes: int) -> list[TaskResult]:
         with progress(
             total=sum(map(len, job.blocks)), desc="Extracting", unit=" images"
         ) as bar:
-            results = []
-            for result in _results(tasks, n_processes):
-                bar.update(result.n_images)
-                results.append(result)
-        return results
-    except concurrent.futures.process.BrokenProcessPool:
-        raise ValueError(
-            "A worker process was ended from outside, perhaps for want of memory: use "
-            "a smaller mp.nproc"
-        ) from None
+            done = []
+            with forked_results(
+                _run_task, tasks, n_processes, stop=job.stop.set
+            ) as results:
+                for result in results:
+                    bar.update(result.n_images)
+                    done.append(result)
+        return done
     finally:
         _job = None
         _tables.cache_clear()

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import concurrent.futures
+import contextlib
 import glob
 import logging
-import multiprocessing
-import signal
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Iterator
 
@@ -36,11 +33,9 @@ from dials_diffuse.simulation.scales import Absorption, image_scales
 from dials_diffuse.simulation.settings import SimulationSettings
 from dials_diffuse.simulation.shadows import gap_mask, shadow
 from dials_diffuse.simulation.structure import make_contents
+from dials_diffuse.util.parallel import forked_results
 
 logger = logging.getLogger("dials.diffuse.simulate")
-
-# fork hands over the sample and the detector arrays without a copy
-FORK = multiprocessing.get_context("fork")
 
 # Enough to saturate any detector, and not too many for numpy's Poisson deviates.
 MOST_PHOTONS = 1e18
@@ -149,38 +144,20 @@ def _make_image(number: int, i: int) -> list[np.ndarray]:
     return _simulation.image(_simulation.series[number], i)
 
 
-def _ignore_interrupt() -> None:
-    """Ctrl-C reaches all processes of a terminal; the parent deals with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _images(simulation: Simulation, number: int) -> Iterator[list[np.ndarray]]:
+@contextlib.contextmanager
+def _images(
+    simulation: Simulation, number: int
+) -> Iterator[Iterator[list[np.ndarray]]]:
     """The images of a series in their order, by as many processes as are asked for."""
     global _simulation
     _simulation = simulation
     n_images = simulation.series[number].n_images
     nproc = min(simulation.settings.nproc, n_images)
+    tasks = [(number, i) for i in range(n_images)]
     try:
-        if nproc == 1:
-            for i in range(n_images):
-                yield _make_image(number, i)
-            return
-        with concurrent.futures.ProcessPoolExecutor(
-            nproc, mp_context=FORK, initializer=_ignore_interrupt
-        ) as pool:
-            # no more images at a time than there are processes: they may be large
-            pending: list[concurrent.futures.Future] = []
-            for i in range(n_images):
-                pending.append(pool.submit(_make_image, number, i))
-                if len(pending) > nproc:
-                    yield pending.pop(0).result()
-            for future in pending:
-                yield future.result()
-    except BrokenProcessPool:
-        raise ValueError(
-            "A worker process was ended from outside, perhaps for want of memory: use "
-            "a smaller mp.nproc"
-        ) from None
+        # no more images at a time than there are processes: they may be large
+        with forked_results(_make_image, tasks, nproc, n_ahead=nproc) as images:
+            yield images
     finally:
         _simulation = None
 
@@ -203,8 +180,9 @@ def write_images(simulation: Simulation, folder: Path, prefix: str) -> Experimen
     result = ExperimentList()
     with progress(total=total, desc="Simulating", unit=" images") as bar:
         for number, series in enumerate(simulation.series):
-            images = _counted(_images(simulation, number), bar)
-            paths = _write_series(simulation, series, folder, prefix, images)
+            with _images(simulation, number) as images:
+                counted = _counted(images, bar)
+                paths = _write_series(simulation, series, folder, prefix, counted)
             result.extend(attach_images(series, paths))
     return result
 

@@ -94,7 +94,8 @@ def test_images_come_in_their_order(simulation, monkeypatch, nproc):
     """The later ones are made faster than the earlier ones."""
     settings = dataclasses.replace(SETTINGS, nproc=nproc)
     monkeypatch.setattr(simulation, "settings", settings)
-    found = list(simulate._images(simulation, 0))
+    with simulate._images(simulation, 0) as images:
+        found = list(images)
     expected = all_images(simulation, "image")
     assert len(found) == 6
     for (image,), counts in zip(found, expected):
@@ -112,7 +113,8 @@ def test_an_error_in_an_image_is_passed_on(simulation, monkeypatch):
         monkeypatch.setattr(simulation, "settings", settings)
         monkeypatch.setattr(simulation, "image", fails)
         with pytest.raises(ValueError, match="no image"):
-            list(simulate._images(simulation, 0))
+            with simulate._images(simulation, 0) as images:
+                list(images)
         assert simulate._simulation is None
 
 
