@@ -11,6 +11,10 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+# Threads of linear algebra wait for each other longer than small arrays take. Set before
+# numpy is imported; commands that tests start inherit it.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 

@@ -17,6 +17,8 @@ import threading
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Callable, Iterator, Sequence, TypeVar
 
+from threadpoolctl import threadpool_limits
+
 FORK = multiprocessing.get_context("fork")
 LOOK_FOR_SIGNALS = 0.1  # s
 
@@ -78,6 +80,9 @@ def forked_results(
 ) -> Iterator[Iterator[Result]]:
     """The results of a function, in the order of its tasks.
 
+    Linear algebra has one thread meanwhile: threads of its own would take the processors
+    from the other processes, and wait for work in a loop where there is but one.
+
     Args:
         function: A module's function, called as function(*task).
         tasks: Its arguments.
@@ -93,11 +98,13 @@ def forked_results(
         ValueError: A process was ended from outside.
     """
     if nproc == 1:
-        yield (function(*task) for task in tasks)
+        with threadpool_limits(1, user_api="blas"):
+            yield (function(*task) for task in tasks)
         return
     futures: list[concurrent.futures.Future] = []
     try:
         with (
+            threadpool_limits(1, user_api="blas"),
             DeferredSignals() as signals,
             concurrent.futures.ProcessPoolExecutor(
                 nproc, mp_context=FORK, initializer=_start_worker

@@ -24,12 +24,13 @@ from truth_ladder import (
 from cctbx import sgtbx, uctbx
 from dxtbx.model import SimplePxMmStrategy
 
+pytestmark = pytest.mark.slow
+
 SHARPER = vary(
     QUARTERS,
     diffuse={"length": 6.0, "halo_length": 16.0},
     detector={"size": (250, 250), "pixel": 0.36, "thickness": 1.0},
 )
-
 
 FAULTLESS = Agreement((0.91, 0.50, 0.46, 0.35, 0.30, 0.28), 0.052, ratio=0.0013)
 
@@ -92,7 +93,6 @@ THREE_CRYSTALS = vary(
 )
 
 
-@pytest.mark.slow
 def test_one_of_three_crystals_turned_by_a_third_of_a_degree(tmp_path):
     """It takes a larger cell with sharp halos to show: 0.82 % rms instead of 0.68 %."""
     found = Agreement((0.95, 0.61, 0.65, 0.63, 0.55, 0.57), 0.066)
@@ -138,7 +138,6 @@ def test_wrong_gain_with_noise(tmp_path, spoil, chi2):
     assert comparison.overall.chi2 == pytest.approx(chi2, rel=0.1)
 
 
-@pytest.mark.slow
 def test_wrong_space_group(tmp_path):
     """A monoclinic crystal with a cell of right angles, merged as orthorhombic."""
     settings = vary(SHARPER, crystal={"space_group": "P 1 2 1"})

@@ -169,6 +169,7 @@ def test_compton_scattering(tmp_path):
     check("compton", climb(settings, tmp_path, n_shells=6))
 
 
+@pytest.mark.slow
 def test_scan_varying_crystal(tmp_path):
     """The cell grows and the crystal turns during the sweep; the truth does not care."""
 
