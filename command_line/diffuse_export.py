@@ -7,11 +7,17 @@ ChimeraX or PyMOL: the origin of reciprocal space is at the origin of the coordi
 1/Angstrom is drawn as ccp4.scale Angstrom. A numpy archive (npz) has all arrays of the
 map and its axes.
 
+format=pixels exports no map but the pixels of one image, with their scattering vectors,
+Miller indices, photons and normalisation, as dials.diffuse_extract sees them; it takes a
+refined experiment list.
+
 Examples::
 
   dials.diffuse_export merged.h5
 
   dials.diffuse_export merged.h5 format=ccp4+npz what=anisotropic output.prefix=crystal
+
+  dials.diffuse_export refined.expt format=pixels pixels.image=10 pixels.file=csv
 """
 
 from __future__ import annotations
@@ -24,12 +30,19 @@ from typing import Any, Iterator, Sequence
 import numpy as np
 
 import libtbx.phil
+from dxtbx.model import Experiment
 from libtbx.utils import Sorry
 
 import dials.util
 from dials.util.options import ArgumentParser
 from dials_diffuse.export.ccp4 import map_cell, write_ccp4
 from dials_diffuse.export.npz import write_npz
+from dials_diffuse.export.pixels import image_pixels, pixel_arrays, write_csv
+from dials_diffuse.export.settings import full_parameters
+from dials_diffuse.extraction.reference import make_grid
+from dials_diffuse.extraction.settings import ExtractionSettings
+from dials_diffuse.extraction.tables import check_masks
+from dials_diffuse.io.inputs import load_experiments, read_mask, with_crystals
 from dials_diffuse.io.maps import MapFile
 from dials_diffuse.merging.estimate import interpolate_shells
 from dials_diffuse.merging.expansion import expand_to_p1
@@ -119,13 +132,90 @@ def export_npz(handle: MapFile, prefix: str) -> None:
     logger.info("All arrays written to %s", path)
 
 
+def array_index_of(experiment: Experiment, image: int | None) -> int:
+    """Array index of an image's number; of the first image if it is None.
+
+    Raises:
+        ValueError: The experiment does not have the image.
+    """
+    if experiment.scan is None:
+        if image not in (None, 0, 1):
+            raise ValueError(
+                f"pixels.image={image}: the experiment is a still of one image, choose "
+                "it by pixels.experiment"
+            )
+        return 0
+    first, last = experiment.scan.get_image_range()
+    if image is not None and not first <= image <= last:
+        raise ValueError(
+            f"pixels.image={image}: the experiment has the images {first} to {last}"
+        )
+    # the array index is the image number less one, whatever the scan begins with
+    return (first if image is None else image) - 1
+
+
+def export_pixels(params: Any) -> None:
+    """Write the pixels of an image.
+
+    Raises:
+        ValueError: The experiment or the image is not there, or no pixel is left.
+    """
+    names = [item.filename for item in params.input.experiments]
+    experiments = with_crystals(load_experiments(params.input.experiments), names)
+    number = params.pixels.experiment
+    if number >= len(experiments):
+        raise ValueError(
+            f"pixels.experiment={number}: the list has {len(experiments)} experiments "
+            "with a crystal, the first is 0"
+        )
+    experiment = experiments[number]
+    extraction = full_parameters(params.pixels.extraction)
+    mask = None
+    if extraction.mask is not None:
+        mask = read_mask(extraction.mask)
+        check_masks(experiment.detector, mask, extraction.mask)
+    settings = ExtractionSettings.from_phil(extraction, mask)
+    array_index = array_index_of(experiment, params.pixels.image)
+    pixels = image_pixels(
+        experiment, array_index, make_grid(experiments, settings), settings
+    )
+    stem = params.output.prefix or f"pixels_{number}_{array_index + 1}"
+    path = f"{stem}.{params.pixels.file}"
+    with atomic_path(path) as temporary:
+        if params.pixels.file == "csv":
+            write_csv(temporary, pixels)
+        else:
+            write_npz(temporary, pixel_arrays(pixels).items())
+    logger.info(
+        "%d pixels with %.0f photons of experiment %d, image %d written to %s",
+        len(pixels),
+        pixels["counts"].sum(),
+        number,
+        array_index + 1,
+        path,
+    )
+
+
 def check_arguments(params: Any, files: Sequence[str]) -> None:
     """Check that one map and something to do with it were given.
+
+    With format=pixels that is an experiment list.
 
     Raises:
         ValueError: They were not.
     """
     errors = []
+    if "pixels" in params.format:
+        if len(params.format) > 1 or files or not params.input.experiments:
+            raise ValueError(
+                "Please give format=pixels alone, and a refined experiment list (.expt) "
+                "instead of a map"
+            )
+        return
+    if params.input.experiments:
+        raise ValueError(
+            "An experiment list is exported by format=pixels only: give that, or a map"
+        )
     if len(files) != 1:
         errors.append(
             f"Please give one map (.h5 of dials.diffuse_merge), not {len(files)}"
@@ -145,13 +235,22 @@ def run(
     args: Sequence[str] | None = None, phil: libtbx.phil.scope = phil_scope
 ) -> None:
     """Run dials.diffuse_export as from the command line."""
-    usage = "dials.diffuse_export [options] merged.h5"
-    parser = ArgumentParser(usage=usage, phil=phil, epilog=__doc__)
+    usage = "dials.diffuse_export [options] merged.h5 | refined.expt format=pixels"
+    parser = ArgumentParser(
+        usage=usage,
+        phil=phil,
+        read_experiments=True,
+        check_format=False,
+        epilog=__doc__,
+    )
     try:
         params, options, files = parse_arguments(parser, args)
         start_log(params, options)
         report_changes(parser)
         check_arguments(params, files)
+        if "pixels" in params.format:
+            export_pixels(params)
+            return
         with MapFile(files[0]) as handle:
             prefix = params.output.prefix or Path(files[0]).stem
             if "ccp4" in params.format:

@@ -25,6 +25,7 @@ Examples::
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from typing import Any, Sequence
@@ -46,6 +47,7 @@ from dials_diffuse.extraction.report import (
 )
 from dials_diffuse.extraction.settings import ExtractionSettings
 from dials_diffuse.extraction.tables import check_masks
+from dials_diffuse.io.bragg import write_bragg
 from dials_diffuse.io.inputs import (
     load_experiments,
     load_reflections,
@@ -78,7 +80,10 @@ def check_output(params: Any, inputs: Sequence[str]) -> None:
     if os.path.splitext(expt_name)[1] not in (".expt", ".json"):
         raise ValueError(f"output.experiments={expt_name} must end in .expt or .json")
     used = {os.path.realpath(name) for name in inputs}
-    for option, name in (("experiments", expt_name), ("reflections", refl_name)):
+    names = {"experiments": expt_name, "reflections": refl_name}
+    if params.output.bragg:
+        names["bragg"] = params.output.bragg
+    for option, name in names.items():
         if os.path.realpath(name) in used:
             raise ValueError(f"output.{option}={name} is in use: give another name")
         used.add(os.path.realpath(name))
@@ -99,11 +104,22 @@ def write_output(
     log_bragg(settings.bragg)
     log_crystals(experiments, grid)
     log_rotation(experiments, grid)
-    with atomic_path(refl_name) as table, atomic_path(expt_name) as expt:
+    with contextlib.ExitStack() as stack:
+        table, expt = map(stack.enter_context, map(atomic_path, (refl_name, expt_name)))
         experiments.as_file(expt)  # first: a name that will not do shows at once
-        extract(experiments, grid, settings, table, phil=phil, inputs=inputs)
+        found = extract(experiments, grid, settings, table, phil=phil, inputs=inputs)
+        has_peaks = len(found.peaks.hkl) > 0 and params.output.bragg
+        if has_peaks:
+            bragg = stack.enter_context(atomic_path(params.output.bragg))
+            write_bragg(bragg, found.peaks, experiments)
     logger.info("Wrote the experiments to %s", expt_name)
     logger.info("Wrote the observations to %s", refl_name)
+    if has_peaks:
+        logger.info(
+            "Wrote the intensities of %d Bragg peaks to %s",
+            len(found.peaks.hkl),
+            params.output.bragg,
+        )
 
 
 def process(params: Any, phil: str) -> None:

@@ -32,7 +32,6 @@ from typing import Any, Sequence
 
 import libtbx.phil
 from dxtbx.model.experiment_list import ExperimentList
-from libtbx.utils import Sorry
 
 import dials.util
 from dials.util.options import ArgumentParser, flatten_experiments
@@ -45,11 +44,10 @@ from dials_diffuse.merging.statistics import MergingStatistics
 from dials_diffuse.report.slices import central_layers, plot_layers
 from dials_diffuse.scaling.initial import put_on_one_scale
 from dials_diffuse.util.command import (
-    ends_by_signal,
+    errors_in_one_line,
     load_phil,
+    logged_work,
     parse_arguments,
-    report_changes,
-    start_log,
 )
 from dials_diffuse.util.files import atomic_path
 
@@ -249,15 +247,11 @@ def run(
 ) -> None:
     """Run dials.diffuse_merge as from the command line."""
     parser = make_parser(phil)
-    try:
+    with errors_in_one_line():
         params, options, files = parse_arguments(parser, args)
         check_arguments(params, files)
-        start_log(params, options)
-        report_changes(parser)
-        with ends_by_signal():
+        with logged_work(parser, params, options):
             process(params, parser.phil.as_str(), files)
-    except ValueError as e:
-        raise Sorry(e) from None
 
 
 if __name__ == "__main__":

@@ -43,7 +43,6 @@ from typing import Any, Callable, Iterator, Sequence
 
 import libtbx.phil
 from dxtbx.model.experiment_list import ExperimentList
-from libtbx.utils import Sorry
 
 import dials.util
 import dials_diffuse
@@ -84,11 +83,10 @@ from dials_diffuse.process.summary import (
 from dials_diffuse.report.comparison import comparison_section, plot_comparison
 from dials_diffuse.simulation.comparison import compare
 from dials_diffuse.util.command import (
-    ends_by_signal,
+    errors_in_one_line,
     load_phil,
+    logged_work,
     parse_arguments,
-    report_changes,
-    start_log,
 )
 from dials_diffuse.util.files import atomic_path
 
@@ -501,7 +499,7 @@ def run(
         usage="dials.diffuse_process [options] images...", phil=phil, epilog=__doc__
     )
     args = sys.argv[1:] if args is None else list(map(os.fspath, args))
-    try:
+    with errors_in_one_line():
         inputs, rest = split_arguments(args)
         params, options, _ = parse_arguments(parser, rest)
         settings = ProcessSettings.from_phil(params, inputs)
@@ -510,12 +508,8 @@ def run(
                 setattr(scope, name, os.path.abspath(getattr(scope, name)))
         check_parameters(params, settings)
         with working_directory(params.output.directory):
-            start_log(params, options)
-            report_changes(parser)
-            with ends_by_signal():
+            with logged_work(parser, params, options):
                 process(params, settings, parser.diff_phil)
-    except ValueError as e:
-        raise Sorry(e) from None
 
 
 if __name__ == "__main__":

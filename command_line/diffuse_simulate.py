@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any, Sequence
 
 import libtbx.phil
-from libtbx.utils import Sorry
 
 import dials.util
 from dials.util.options import ArgumentParser
@@ -41,17 +40,15 @@ from dials_diffuse.simulation.models import needs_nexus
 from dials_diffuse.simulation.settings import SimulationSettings
 from dials_diffuse.simulation.simulate import Simulation, log_simulation, write_images
 from dials_diffuse.simulation.truth import (
-    describe_truth,
-    series_truth,
+    describe_simulation,
     true_map,
     truth_grid,
 )
 from dials_diffuse.util.command import (
-    ends_by_signal,
+    errors_in_one_line,
     load_phil,
+    logged_work,
     parse_arguments,
-    report_changes,
-    start_log,
 )
 from dials_diffuse.util.files import atomic_path
 
@@ -118,11 +115,7 @@ def write_true_map(simulation: Simulation, params: Any, phil: str) -> None:
     experiments = simulation.series[0].experiments
     grid = truth_grid(simulation.settings, simulation.sample, experiments)
     index, parts, numbers = true_map(simulation.sample, grid)
-    series = [
-        series_truth(simulation.settings, s.number, list(s.experiments.identifiers()))
-        for s in simulation.series
-    ]
-    truth = describe_truth(simulation.sample, grid.d_min, series, simulation.defects)
+    truth = describe_simulation(simulation, grid.d_min)
     with atomic_path(params.output.truth) as path:
         write_truth(path, grid, index, parts, numbers, truth, phil)
     logger.info(
@@ -170,17 +163,13 @@ def run(
     parser = ArgumentParser(
         usage="dials.diffuse_simulate [options]", phil=phil, epilog=__doc__
     )
-    try:
+    with errors_in_one_line():
         params, options, files = parse_arguments(parser, args)
         if files:
             raise ValueError(f"{files[0]} is not a parameter: see the help (-h)")
         check_output(params)
-        start_log(params, options)
-        report_changes(parser)
-        with ends_by_signal():
+        with logged_work(parser, params, options):
             process(params, parser.phil.as_str())
-    except ValueError as e:
-        raise Sorry(e) from None
 
 
 if __name__ == "__main__":

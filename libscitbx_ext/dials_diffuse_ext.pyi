@@ -32,20 +32,53 @@ def make_frame(
     ndiv: Sequence[float],
     exclusion: Sequence[float] | None,
     z: float,
+    growth: float = 0.0,
+    sweep: sqr | Sequence[float] | None = None,
+    spread: bool = False,
 ) -> Frame: ...
 
-class Accumulator:
-    """Sums per voxel over the images of one panel."""
+class ImageExtras:
+    """What else is known of an image of a panel: other lattices, spots, background."""
 
-    def __init__(self, half_size: Sequence[int], n_threads: int = 1) -> None: ...
+    def __init__(self) -> None: ...
+    def add_other(self, frame: Frame) -> None: ...
+    def set_rectangles(self, columns: flex.int, half_points: Sequence[int]) -> None:
+        """Seven numbers for each rectangle: x0, x1, y0, y1, h, k, l."""
+
+    def set_base(self, base: flex.float, variance: flex.float, rate: float) -> None: ...
+    def set_profile(
+        self, profile: flex.float, s_start: float, s_step: float
+    ) -> None: ...
+    def set_grid(
+        self, grid: flex.float, nfast: int, nslow: int, spacing: float
+    ) -> None: ...
+    def set_unit(self, unit: float) -> None:
+        """Photons per unit of intensity and weight."""
+
+class Accumulator:
+    """Sums per voxel over the images of one panel.
+
+    With ``half_points`` pixels near lattice points are added up by themselves, under
+    numbers that follow those of the voxels; ``absent`` has a flag for each of the points.
+    """
+
+    def __init__(
+        self,
+        half_size: Sequence[int],
+        n_threads: int = 1,
+        half_points: Sequence[int] | None = None,
+        absent: flex.bool | None = None,
+    ) -> None: ...
     def add_images(
         self,
         panel: Panel,
         frames: list[Frame],
         images: list[flex.int] | list[flex.double],
+        extras: list[ImageExtras] | None = None,
     ) -> None: ...
     def finish(self) -> dict[str, flex.int | flex.double]:
-        """voxel, n_pixels (int); value, weight, x, y, z (double), sorted by voxel."""
+        """voxel, n_pixels (int); value, weight, x, y, z, background, variance (double),
+        sorted by voxel."""
 
 def voxels(half_size: Sequence[int], panel: Panel, frame: Frame) -> flex.int: ...
 def keep_freed_memory() -> None: ...

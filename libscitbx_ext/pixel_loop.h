@@ -6,13 +6,15 @@
  *     h   = W rlp,   W = diag(ndiv) (S R F A)^-1
  *     voxel = floor(h + 1/2)
  *
- * Pixels that are masked, untrusted, outside the resolution limits, outside the grid or
- * within the exclusion ellipsoid of a Bragg position add nothing to any sum. The others
- * add their value, their weight, 1 to `n_pixels`, and their position.
+ * Pixels that are masked, untrusted, outside the resolution limits or outside the grid
+ * add nothing to any sum. Pixels near a Bragg position are added up by themselves, under
+ * the reciprocal lattice point, or dropped. The others add their value, their weight, 1 to
+ * `n_pixels`, their position and their background to their voxel.
  *
  * Values, weights and coordinates are integers or half-integers, so their sums are
  * exact in any order and the result does not depend on the number of threads. Only
- * images of floating-point values are summed with rounding.
+ * images of floating-point values, the background and the positions within a wide image
+ * are summed with rounding.
  *
  * Free of Python; threads are std::thread. OpenMP must not be used: the stubs in cctbx'
  * libomptbx make every thread run the whole loop. */
@@ -76,6 +78,19 @@ struct Box {
   int64_t n_places() const {
     return 64 * n_bricks();
   }
+  int64_t n_voxels() const {
+    return (2 * int64_t(half[0]) + 1) * (2 * int64_t(half[1]) + 1)
+           * (2 * int64_t(half[2]) + 1);
+  }
+  /* Place of a voxel, or -1 outside the box */
+  int place(int h, int k, int l) const {
+    h += half[0], k += half[1], l += half[2];
+    if (h < 0 || k < 0 || l < 0 || h > 2 * half[0] || k > 2 * half[1]
+        || l > 2 * half[2])
+      return -1;
+    const int brick = ((h >> 2) * bricks[1] + (k >> 2)) * bricks[2] + (l >> 2);
+    return brick << 6 | (h & 3) << 4 | (k & 3) << 2 | (l & 3);
+  }
   /* Number of a voxel in the C-ordered box, h slowest */
   int64_t c_order(int64_t place) const {
     const int64_t brick = place >> 6;
@@ -89,21 +104,45 @@ struct Box {
 /* What changes from frame to frame. */
 struct Frame {
   float w[9];            // diag(ndiv) (S R F A)^-1, row by row, Angstrom
+  float sweep[9];        // change of w over the width of the image
+  float t_min, t_max;    // the image's range of rotation about w, in its widths
+  bool sweeps;           // whether the rotation within the image matters to exclusion
+  bool spread;           // whether the rows are spread over the width of the image
   float s0[3];           // incident beam, 1/Angstrom
   float inv_wavelength;  // 1/Angstrom
   float s2_min, s2_max;  // limits of |rlp|^2, 1/Angstrom^2
   float inv_ndiv[3];
   bool exclude;  // leave out pixels near Bragg positions
-  /* Exclusion ellipsoid g(dh, dh) < 1 with dh = h/ndiv - nearest integer; symmetric
-   * matrix as g11, g22, g33, g12, g13, g23. */
+  /* Exclusion ellipsoid g(dh, dh) < 1 + growth |rlp|^2 with dh = h/ndiv - nearest integer
+   * anywhere within the width of the image; symmetric matrix as g11, g22, g33, g12, g13,
+   * g23. */
   float g[6];
-  double z;  // frame number of the centre of the image
+  float growth;  // Angstrom^2
+  double z;      // frame number of the centre of the image
 };
+
+/* The frame at which a row of a wide image is indexed. Each row takes a place of its own
+ * within the width of the image, in a sequence that fills it evenly with any number of
+ * neighbouring rows (multiples of the golden ratio): every pixel counts once, at one
+ * angle, and the voxels between the middles of two images are seen too. */
+inline Frame frame_of_row(const Frame &f, int row) {
+  if (!f.spread) return f;
+  const double turn = (row + 0.5) * 0.6180339887498949;
+  const double t = turn - std::floor(turn) - 0.5;
+  Frame result = f;
+  for (int i = 0; i < 9; ++i)
+    result.w[i] += float(t) * f.sweep[i];
+  result.t_min -= float(t);
+  result.t_max -= float(t);
+  result.z += t;
+  return result;
+}
 
 /* The sums of one voxel. */
 struct Sums {
   int64_t voxel;  // its place; in results, its number in the C-ordered box
   double value, weight, x, y, z;
+  double background, variance;  // photons, and photons^2
   int64_t n_pixels;
 };
 
@@ -113,15 +152,42 @@ inline void add(Sums &to, const Sums &from) {
   to.x += from.x;
   to.y += from.y;
   to.z += from.z;
+  to.background += from.background;
+  to.variance += from.variance;
   to.n_pixels += from.n_pixels;
 }
+
+/* Where sums are kept: the voxels, and after them the reciprocal lattice points whose
+ * pixels are added up by themselves. A point may be marked as absent: there is no peak,
+ * and its pixels count as any others. */
+struct Places {
+  Box voxels;
+  Box points;
+  bool keep_peaks;                   // else pixels near lattice points are dropped
+  std::vector<unsigned char> absent;  // by place of the point; empty if none is
+
+  explicit Places(const Box &box) : voxels(box), points(box), keep_peaks(false) {}
+  Places(const Box &box, const Box &lattice)
+      : voxels(box), points(lattice), keep_peaks(true) {}
+
+  int64_t n_bricks() const {
+    return voxels.n_bricks() + (keep_peaks ? points.n_bricks() : 0);
+  }
+  /* Number of a place in the C-ordered box of the voxels, continued by that of the
+   * points. */
+  int64_t c_order(int64_t place) const {
+    const int64_t n = voxels.n_places();
+    if (place < n) return voxels.c_order(place);
+    return voxels.n_voxels() + points.c_order(place - n);
+  }
+};
 
 /* The sums of the voxels seen, in the order in which they were first seen. A brick that
  * is seen gets a page of 64 slots, so memory goes with the bricks seen, but for 4 bytes
  * for each brick of the box. */
 class VoxelTable {
 public:
-  explicit VoxelTable(const Box &box) : page_of_brick_(box.n_bricks(), -1) {}
+  explicit VoxelTable(const Places &places) : page_of_brick_(places.n_bricks(), -1) {}
 
   Sums &find(int place) {
     int page = page_of_brick_[place >> 6];
@@ -129,7 +195,7 @@ public:
     int &slot = slots_[std::size_t(page) * 64 + (place & 63)];
     if (slot < 0) {
       slot = int(sums_.size());
-      Sums empty = {place, 0, 0, 0, 0, 0, 0};
+      Sums empty = {place, 0, 0, 0, 0, 0, 0, 0, 0};
       sums_.push_back(empty);
     }
     return sums_[slot];
@@ -162,23 +228,52 @@ private:
   std::vector<Sums> sums_;
 };
 
+/* Where a pixel belongs that adds nothing to any sum */
+const int NOWHERE = -1;
+
 /* floor(x), written so that it becomes vector code for every processor */
 DIALS_DIFFUSE_INLINE int floor_to_int(float x) {
   int i = int(x);
   return i - (x < float(i));
 }
 
-/* Square of the distance to the nearest Bragg position, in units of the ellipsoid */
-DIALS_DIFFUSE_INLINE float bragg_distance(const Frame &f, float h, float k, float l) {
+/* Whether a reciprocal lattice point is near anywhere within the width of the image.
+ * With d(t) = d + t v the distance from it at t image widths from w,
+ *
+ *     g(d(t), d(t)) = g(d, d) + 2 t g(d, v) + t^2 g(v, v)
+ *
+ * is least at t = -g(d, v) / g(v, v), or at an end of the image. */
+template <bool Sweeps>
+DIALS_DIFFUSE_INLINE bool near_point(const Frame &f,
+                                     float h,
+                                     float k,
+                                     float l,
+                                     float rx,
+                                     float ry,
+                                     float rz,
+                                     float s2) {
   float a = h * f.inv_ndiv[0], b = k * f.inv_ndiv[1], c = l * f.inv_ndiv[2];
   a -= float(floor_to_int(a + 0.5f));
   b -= float(floor_to_int(b + 0.5f));
   c -= float(floor_to_int(c + 0.5f));
-  return f.g[0] * a * a + f.g[1] * b * b + f.g[2] * c * c
-         + 2.0f * (f.g[3] * a * b + f.g[4] * a * c + f.g[5] * b * c);
+  float distance = f.g[0] * a * a + f.g[1] * b * b + f.g[2] * c * c
+                   + 2.0f * (f.g[3] * a * b + f.g[4] * a * c + f.g[5] * b * c);
+  if (Sweeps) {
+    float u = (f.sweep[0] * rx + f.sweep[1] * ry + f.sweep[2] * rz) * f.inv_ndiv[0];
+    float v = (f.sweep[3] * rx + f.sweep[4] * ry + f.sweep[5] * rz) * f.inv_ndiv[1];
+    float w = (f.sweep[6] * rx + f.sweep[7] * ry + f.sweep[8] * rz) * f.inv_ndiv[2];
+    float gu = f.g[0] * u + f.g[3] * v + f.g[4] * w;
+    float gv = f.g[3] * u + f.g[1] * v + f.g[5] * w;
+    float gw = f.g[4] * u + f.g[5] * v + f.g[2] * w;
+    float dv = a * gu + b * gv + c * gw;
+    float vv = u * gu + v * gv + w * gw + 1e-20f;
+    float t = std::min(std::max(-dv / vv, f.t_min), f.t_max);
+    distance += t * (2.0f * dv + t * vv);
+  }
+  return distance < 1.0f + f.growth * s2;
 }
 
-template <bool Exclude>
+template <bool Exclude, bool Sweeps>
 DIALS_DIFFUSE_INLINE void voxels_of_pixels(const Frame &frame,
                                            const Box &box,
                                            const float *ex,
@@ -202,14 +297,18 @@ DIALS_DIFFUSE_INLINE void voxels_of_pixels(const Frame &frame,
     int il = floor_to_int(l + 0.5f) + nl;
     bool inside = (s2 >= f.s2_min) & (s2 <= f.s2_max) & (ih >= 0) & (ih <= 2 * nh)
                   & (ik >= 0) & (ik <= 2 * nk) & (il >= 0) & (il <= 2 * nl);
-    if (Exclude) inside = inside & (bragg_distance(f, h, k, l) >= 1.0f);
     int brick = ((ih >> 2) * bricks_k + (ik >> 2)) * bricks_l + (il >> 2);
     int place = brick << 6 | (ih & 3) << 4 | (ik & 3) << 2 | (il & 3);
-    out[i] = inside ? place : -1;
+    if (Exclude) {
+      bool near = near_point<Sweeps>(f, h, k, l, rx, ry, rz, s2);
+      place = near ? -2 - place : place;
+    }
+    out[i] = inside ? place : NOWHERE;
   }
 }
 
-/* Place of the voxel of each of n pixels in the box, or -1 */
+/* Where each of n pixels belongs: the place of its voxel in the box, -2 - place if a
+ * lattice point is near, or NOWHERE. */
 DIALS_DIFFUSE_CLONES inline void voxel_places(const Frame &frame,
                                               const Box &box,
                                               const float *ex,
@@ -217,13 +316,42 @@ DIALS_DIFFUSE_CLONES inline void voxel_places(const Frame &frame,
                                               const float *ez,
                                               int n,
                                               int *out) {
-  if (frame.exclude)
-    voxels_of_pixels<true>(frame, box, ex, ey, ez, n, out);
+  if (!frame.exclude)
+    voxels_of_pixels<false, false>(frame, box, ex, ey, ez, n, out);
+  else if (!frame.sweeps)
+    voxels_of_pixels<true, false>(frame, box, ex, ey, ez, n, out);
   else
-    voxels_of_pixels<false>(frame, box, ex, ey, ez, n, out);
+    voxels_of_pixels<true, true>(frame, box, ex, ey, ez, n, out);
 }
 
-/* Marks with -1 the pixels that are masked or whose value is not to be trusted.
+/* Where a run of pixels near a lattice point belongs: to the point, or nowhere if peaks
+ * are dropped, or to their voxel if the point is absent.
+ *
+ * All the pixels of a run are in one voxel and next to each other, so they are near the
+ * same point as the first of them, unless the exclusion regions of two points touch. */
+inline int place_of_peak(const Frame &f,
+                         const Places &all,
+                         float ex,
+                         float ey,
+                         float ez,
+                         int voxel) {
+  const float r[3] = {ex * f.inv_wavelength - f.s0[0],
+                      ey * f.inv_wavelength - f.s0[1],
+                      ez * f.inv_wavelength - f.s0[2]};
+  int hkl[3];
+  for (int i = 0; i < 3; ++i) {
+    const float *w = f.w + 3 * i;
+    const float h = (w[0] * r[0] + w[1] * r[1] + w[2] * r[2]) * f.inv_ndiv[i];
+    hkl[i] = floor_to_int(h + 0.5f);
+  }
+  if (!all.keep_peaks) return NOWHERE;
+  const int point = all.points.place(hkl[0], hkl[1], hkl[2]);
+  if (point < 0) return NOWHERE;
+  if (!all.absent.empty() && all.absent[point]) return voxel;
+  return int(all.voxels.n_places()) + point;
+}
+
+/* Marks with NOWHERE the pixels that are masked or whose value is not to be trusted.
  * Written to reject NaN. */
 template <typename T>
 DIALS_DIFFUSE_INLINE void reject_pixels(const T *data,
@@ -234,7 +362,7 @@ DIALS_DIFFUSE_INLINE void reject_pixels(const T *data,
                                         int *places) {
   for (int i = 0; i < n; ++i) {
     bool good = (data[i] >= lowest) & (data[i] <= highest) & (weight[i] > 0);
-    places[i] = good ? places[i] : -1;
+    places[i] = good ? places[i] : NOWHERE;
   }
 }
 DIALS_DIFFUSE_CLONES inline void reject(const int *data,
@@ -282,7 +410,7 @@ inline void add_up(const double *data,
   double sum = 0;
   for (int i = 0; i < n; ++i) {
     sums[i] = sum;
-    sum += places[i] < 0 ? 0.0 : data[i];
+    sum += places[i] == NOWHERE ? 0.0 : data[i];
   }
   sums[n] = sum;
 }
@@ -298,29 +426,194 @@ struct sum_of<double> {
   typedef double type;
 };
 
+/* Pixels of an image that belong to a Bragg peak, x0 <= x < x1 and y0 <= y < y1 */
+struct Rectangle {
+  int x0, x1, y0, y1;
+  int point;  // place of the reciprocal lattice point, or -1 to drop the pixels
+};
+
+/* The rectangles of an image, ordered by their first row. */
+class Rectangles {
+public:
+  Rectangles() : height_(0) {}
+  explicit Rectangles(const std::vector<Rectangle> &rectangles)
+      : rectangles_(rectangles), height_(0) {
+    std::stable_sort(rectangles_.begin(), rectangles_.end(), by_row);
+    for (std::size_t i = 0; i < rectangles_.size(); ++i)
+      height_ = std::max(height_, rectangles_[i].y1 - rectangles_[i].y0);
+  }
+
+  /* Takes the pixels of a row out of their voxels. */
+  void apply(const Places &all, int row, int nfast, int *places) const {
+    if (rectangles_.empty()) return;
+    const Rectangle first = {0, 0, row - height_ + 1, 0, 0};
+    std::vector<Rectangle>::const_iterator r =
+      std::lower_bound(rectangles_.begin(), rectangles_.end(), first, by_row);
+    const int offset = int(all.voxels.n_places());
+    for (; r != rectangles_.end() && r->y0 <= row; ++r) {
+      if (row >= r->y1) continue;
+      const bool keep = all.keep_peaks && r->point >= 0;
+      const int place = keep ? offset + r->point : NOWHERE;
+      for (int x = std::max(r->x0, 0); x < std::min(r->x1, nfast); ++x)
+        places[x] = places[x] == NOWHERE ? NOWHERE : place;
+    }
+  }
+
+private:
+  static bool by_row(const Rectangle &a, const Rectangle &b) {
+    return a.y0 < b.y0;
+  }
+
+  std::vector<Rectangle> rectangles_;
+  int height_;  // of the highest
+};
+
+/* Background of an image, photons in each pixel:
+ *
+ *     b(x, y) = rate base(x, y) + [ profile(s) + grid(x, y) ] unit weight(x, y)
+ *
+ * The profile is linear between its values at s_start + i/inv_step and constant beyond
+ * them; the grid is bilinear between nodes at pixel coordinates i/inv_spacing. Null
+ * pointers for what there is not. The variance is that of the base alone, in photons^2:
+ * what is smooth has an error common to all pixels of a voxel, which is no sum. */
+struct Background {
+  const float *base, *base_variance;
+  float rate;
+  const float *profile;
+  int n_profile;
+  float s_start, inv_step;
+  const float *grid;
+  int grid_fast, grid_slow;
+  float inv_spacing;
+  float unit;
+
+  Background()
+      : base(0),
+        base_variance(0),
+        rate(0),
+        profile(0),
+        n_profile(0),
+        s_start(0),
+        inv_step(0),
+        grid(0),
+        grid_fast(0),
+        grid_slow(0),
+        inv_spacing(0),
+        unit(0) {}
+  bool any() const {
+    return base || profile || grid;
+  }
+};
+
+/* Position among n values of a coordinate: number of the value before it, and how far
+ * beyond that it is, 0 to 1. */
+DIALS_DIFFUSE_INLINE int interval(float x, int n, float *fraction) {
+  float at = std::min(std::max(x, 0.0f), float(n - 1));
+  int i = std::min(int(at), n - 2);
+  *fraction = at - float(i);
+  return i;
+}
+
+/* Adds the smooth background, an intensity, of n pixels of a row */
+DIALS_DIFFUSE_CLONES inline void add_profile(const Background &background,
+                                             const Frame &frame,
+                                             const float *ex,
+                                             const float *ey,
+                                             const float *ez,
+                                             const int *weight,
+                                             int n,
+                                             float *out) {
+  const Background b = background;
+  const Frame f = frame;
+  for (int i = 0; i < n; ++i) {
+    float rx = ex[i] * f.inv_wavelength - f.s0[0];
+    float ry = ey[i] * f.inv_wavelength - f.s0[1];
+    float rz = ez[i] * f.inv_wavelength - f.s0[2];
+    float s = std::sqrt(rx * rx + ry * ry + rz * rz), t;
+    int j = interval((s - b.s_start) * b.inv_step, b.n_profile, &t);
+    float value = b.profile[j] + t * (b.profile[j + 1] - b.profile[j]);
+    out[i] += value * (b.unit * float(weight[i]));
+  }
+}
+DIALS_DIFFUSE_CLONES inline void add_grid(const Background &background,
+                                          int row,
+                                          const int *weight,
+                                          int n,
+                                          float *out) {
+  const Background b = background;
+  float v;
+  const int below = interval((row + 0.5f) * b.inv_spacing, b.grid_slow, &v);
+  const float *lower = b.grid + std::size_t(below) * b.grid_fast;
+  const float *upper = lower + b.grid_fast;
+  for (int i = 0; i < n; ++i) {
+    float u;
+    int j = interval((i + 0.5f) * b.inv_spacing, b.grid_fast, &u);
+    float at_lower = lower[j] + u * (lower[j + 1] - lower[j]);
+    float at_upper = upper[j] + u * (upper[j + 1] - upper[j]);
+    out[i] += (at_lower + v * (at_upper - at_lower)) * (b.unit * float(weight[i]));
+  }
+}
+
 /* Scratch space for one row of n pixels */
 template <typename T>
 struct Row {
-  std::vector<int> places;      // voxel of each pixel, or -1
+  std::vector<int> places;      // where each pixel belongs
+  std::vector<float> background;            // of each pixel
+  std::vector<double> backgrounds, variances;  // sums before each pixel
   std::vector<int> begin, end;  // runs of neighbouring pixels in one voxel
   std::vector<typename sum_of<T>::type> values;  // sum before each pixel
   std::vector<int64_t> weights;                  // likewise
 
   explicit Row(int n)
-      : places(n), begin(n + 1), end(n + 1), values(n + 1), weights(n + 1) {}
+      : places(n),
+        background(n),
+        backgrounds(n + 1),
+        variances(n + 1),
+        begin(n + 1),
+        end(n + 1),
+        values(n + 1),
+        weights(n + 1) {}
+
+  /* Sums of the background and of its variance before each pixel */
+  void add_up_background(const Background &b,
+                         const Frame &frame,
+                         const PanelView &p,
+                         int row) {
+    const int n = int(places.size());
+    const std::size_t at = std::size_t(row) * n;
+    const int *weight = p.weight + at;
+    std::fill(background.begin(), background.end(), 0.0f);
+    float *out = &background[0];
+    if (b.profile)
+      add_profile(b, frame, p.ex + at, p.ey + at, p.ez + at, weight, n, out);
+    if (b.grid) add_grid(b, row, weight, n, out);
+    double sum = 0, variance = 0;
+    for (int i = 0; i < n; ++i) {
+      backgrounds[i] = sum;
+      variances[i] = variance;
+      if (places[i] == NOWHERE) continue;
+      sum += background[i];
+      if (b.base) {
+        sum += double(b.rate) * b.base[at + i];
+        variance += double(b.rate) * b.rate * b.base_variance[at + i];
+      }
+    }
+    backgrounds[n] = sum;
+    variances[n] = variance;
+  }
 
   /* Finds the runs and returns their number; without branches, as a run ends every
    * few pixels and no processor could predict where. */
   int find_runs() {
     const int n = int(places.size());
-    int n_begin = 0, n_end = 0, previous = -1;
+    int n_begin = 0, n_end = 0, previous = NOWHERE;
     for (int i = 0; i < n; ++i) {
       const int place = places[i];
       const bool differs = place != previous;
       begin[n_begin] = i;
-      n_begin += differs & (place >= 0);
+      n_begin += differs & (place != NOWHERE);
       end[n_end] = i;
-      n_end += differs & (previous >= 0);
+      n_end += differs & (previous != NOWHERE);
       previous = place;
     }
     end[n_end] = n;
@@ -330,51 +623,103 @@ struct Row {
 
 /* Adds the runs of one row to their voxels: neighbouring pixels mostly share one. */
 template <typename T>
-void add_runs(Row<T> &row, double y, double z, VoxelTable &table) {
+void add_runs(Row<T> &row,
+              const PanelView &p,
+              const Frame &f,
+              const Places &all,
+              int y,
+              bool background,
+              VoxelTable &table) {
   const int n_runs = row.find_runs();
+  const std::size_t at = std::size_t(y) * p.nfast;
   for (int r = 0; r < n_runs; ++r) {
     const int begin = row.begin[r], end = row.end[r];
     const double n = end - begin;
-    Sums &sums = table.find(row.places[begin]);
+    int place = row.places[begin];
+    if (place < NOWHERE) {
+      const std::size_t i = at + begin;
+      place = place_of_peak(f, all, p.ex[i], p.ey[i], p.ez[i], -2 - place);
+      if (place == NOWHERE) continue;
+    }
+    Sums &sums = table.find(place);
     sums.value += double(row.values[end] - row.values[begin]);
     sums.weight += double(row.weights[end] - row.weights[begin]);
     sums.x += 0.5 * n * (begin + end);  // pixel centres are at i + 1/2
-    sums.y += n * y;
-    sums.z += n * z;
+    sums.y += n * (y + 0.5);
+    sums.z += n * f.z;
     sums.n_pixels += end - begin;
+    if (background) {
+      sums.background += row.backgrounds[end] - row.backgrounds[begin];
+      sums.variance += row.variances[end] - row.variances[begin];
+    }
   }
 }
+
+/* What else is known of an image of a panel */
+struct Extras {
+  std::vector<Frame> others;  // other lattices of the image, whose peaks are dropped
+  Rectangles rectangles;
+  Background background;
+};
 
 /* An image of a panel and its frame */
 template <typename T>
 struct Image {
   Frame frame;
   const T *data;
+  const Extras *extras;  // or null
 };
+
+/* Leaves out the pixels near the lattice points of other crystals */
+inline void drop_others(const std::vector<Frame> &others,
+                        const PanelView &p,
+                        const Places &all,
+                        int row,
+                        std::vector<int> &scratch,
+                        int *places) {
+  const std::size_t at = std::size_t(row) * p.nfast;
+  const float *ex = p.ex + at, *ey = p.ey + at, *ez = p.ez + at;
+  for (std::size_t o = 0; o < others.size(); ++o) {
+    const Frame f = frame_of_row(others[o], row);
+    voxel_places(f, all.voxels, ex, ey, ez, p.nfast, &scratch[0]);
+    for (int i = 0; i < p.nfast; ++i)
+      places[i] = scratch[i] < NOWHERE ? NOWHERE : places[i];
+  }
+}
 
 /* Adds the rows first..last-1 of a panel. Each row is done for all images before the
  * next: what neighbouring frames share, geometry and voxels, is then still at hand. */
 template <typename T>
 void add_rows(const PanelView &p,
               const std::vector<Image<T> > &images,
-              const Box &box,
+              const Places &all,
               int first,
               int last,
               VoxelTable &table) {
-  Row<T> r(p.nfast);
+  const int n = p.nfast;
+  Row<T> r(n);
+  std::vector<int> scratch(n);
   int *places = &r.places[0];
   T lowest, highest;
   trusted_limits(p, lowest, highest);
   for (int row = first; row < last; ++row) {
-    const std::size_t at = std::size_t(row) * p.nfast;
-    add_up(p.weight + at, places, p.nfast, r.weights);
+    const std::size_t at = std::size_t(row) * n;
+    const float *ex = p.ex + at, *ey = p.ey + at, *ez = p.ez + at;
+    add_up(p.weight + at, places, n, r.weights);
     for (std::size_t i = 0; i < images.size(); ++i) {
-      const Frame &f = images[i].frame;
+      const Frame f = frame_of_row(images[i].frame, row);
       const T *data = images[i].data + at;
-      voxel_places(f, box, p.ex + at, p.ey + at, p.ez + at, p.nfast, places);
-      reject(data, p.weight + at, lowest, highest, p.nfast, places);
-      add_up(data, places, p.nfast, r.values);
-      add_runs(r, row + 0.5, f.z, table);
+      const Extras *extras = images[i].extras;
+      voxel_places(f, all.voxels, ex, ey, ez, n, places);
+      reject(data, p.weight + at, lowest, highest, n, places);
+      if (extras) {
+        drop_others(extras->others, p, all, row, scratch, places);
+        extras->rectangles.apply(all, row, n, places);
+      }
+      add_up(data, places, n, r.values);
+      const bool background = extras && extras->background.any();
+      if (background) r.add_up_background(extras->background, f, p, row);
+      add_runs(r, p, f, all, row, background, table);
     }
   }
 }
@@ -422,9 +767,9 @@ private:
  * observation per voxel. */
 class Accumulator {
 public:
-  Accumulator(const Box &box, int n_threads) : box_(box) {
+  Accumulator(const Places &places, int n_threads) : places_(places) {
     if (n_threads < 1) throw std::invalid_argument("n_threads must be positive");
-    tables_.assign(n_threads, VoxelTable(box));
+    tables_.assign(n_threads, VoxelTable(places));
   }
 
   /* Adds images of the panel; the rows are dealt out to the threads in bands. What one
@@ -449,7 +794,7 @@ public:
       if (errors[t]) std::rethrow_exception(errors[t]);
   }
 
-  /* The sums of all voxels seen, in C order; empties the tables. */
+  /* The sums of all voxels and lattice points seen, in C order; empties the tables. */
   std::vector<Sums> finish() {
     std::vector<Sums> all;
     for (std::size_t t = 0; t < tables_.size(); ++t) {
@@ -457,7 +802,7 @@ public:
       tables_[t].clear();
     }
     for (std::size_t i = 0; i < all.size(); ++i)
-      all[i].voxel = box_.c_order(all[i].voxel);
+      all[i].voxel = places_.c_order(all[i].voxel);
     const std::vector<uint32_t> order = order_by_voxel(all);
     std::vector<Sums> result;
     result.reserve(all.size());
@@ -471,8 +816,8 @@ public:
     return result;
   }
 
-  const Box &box() const {
-    return box_;
+  const Places &places() const {
+    return places_;
   }
 
 private:
@@ -480,10 +825,10 @@ private:
   void band(std::size_t t, const PanelView &p, const std::vector<Image<T> > &images) {
     const int64_t n = tables_.size();
     const int first = int(p.nslow * t / n), last = int(p.nslow * (t + 1) / n);
-    add_rows(p, images, box_, first, last, tables_[t]);
+    add_rows(p, images, places_, first, last, tables_[t]);
   }
 
-  Box box_;
+  Places places_;
   std::vector<VoxelTable> tables_;
 };
 

@@ -189,6 +189,13 @@ def memory_experiment(
     )
 
 
+def with_images(e: Experiment, images: Sequence[Sequence[np.ndarray]]) -> Experiment:
+    """The models of an experiment, with arrays as ``memory_experiment`` takes them."""
+    return memory_experiment(
+        images, e.detector, e.crystal, e.beam, e.scan, e.goniometer, e.identifier
+    )
+
+
 def random_images(
     n_images: int, detector: Detector, seed: int = 7, mean: float = 3.0
 ) -> list[list[np.ndarray]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple, Sequence
 
 import numpy as np
-from simulate_images import memory_experiment
+from simulate_images import with_images
 
 from cctbx import uctbx
 from dxtbx.model.experiment_list import ExperimentList
@@ -41,8 +41,7 @@ from dials_diffuse.simulation.settings import (
 )
 from dials_diffuse.simulation.simulate import Simulation
 from dials_diffuse.simulation.truth import (
-    describe_truth,
-    series_truth,
+    describe_simulation,
     true_map,
     truth_grid,
 )
@@ -178,17 +177,7 @@ def simulated_experiments(
         images = [image(series, i) for i in range(series.n_images)]
         for number, e in enumerate(series.experiments):
             own = images if e.scan is not None else [images[number]]
-            result.append(
-                memory_experiment(
-                    own,
-                    e.detector,
-                    e.crystal,
-                    e.beam,
-                    e.scan,
-                    e.goniometer,
-                    e.identifier,
-                )
-            )
+            result.append(with_images(e, own))
     return result
 
 
@@ -235,13 +224,8 @@ def true_map_file(
     grid = grid or truth_grid(
         simulation.settings, simulation.sample, simulation.series[0].experiments
     )
-    index, parts, numbers = true_map(simulation.sample, grid)
-    series = [
-        series_truth(simulation.settings, s.number, list(s.experiments.identifiers()))
-        for s in simulation.series
-    ]
-    truth = describe_truth(simulation.sample, grid.d_min, series)
-    write_truth(path, grid, index, parts, numbers, truth)
+    truth = describe_simulation(simulation, grid.d_min)
+    write_truth(path, grid, *true_map(simulation.sample, grid), truth)
     return path
 
 

@@ -10,14 +10,15 @@ import multiprocessing.synchronize
 import os
 import tempfile
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Iterator, NamedTuple, Sequence
 
 import numpy as np
 
 from dxtbx.model.experiment_list import ExperimentList
 
 import dials_diffuse_ext as ext
-from dials.util import progress
+from dials_diffuse.bragg.points import PointGrid
+from dials_diffuse.bragg.sums import PeakIntensities, peak_intensities
 from dials_diffuse.extraction.blocks import Block, make_blocks
 from dials_diffuse.extraction.loop import accumulate_block
 from dials_diffuse.extraction.report import log_settings
@@ -38,6 +39,7 @@ from dials_diffuse.extraction.tables import (
 from dials_diffuse.grid import Grid
 from dials_diffuse.io.observations import ObservationWriter
 from dials_diffuse.util.parallel import FORK, forked_results
+from dials_diffuse.util.signals import enter_whole, progress_bar
 
 logger = logging.getLogger("dials.diffuse.extract")
 
@@ -76,7 +78,20 @@ class TaskResult:
     n_images: int = 0
     n_pixels: int = 0
     counts: float = 0.0
+    background: float = 0.0
     contrasts: dict[int, Contrasts] = dataclasses.field(default_factory=dict)
+
+
+class Extracted(NamedTuple):
+    """What extraction wrote, and what it leaves to write.
+
+    Attributes:
+        n_rows: Number of observations in the table.
+        peaks: Bragg intensities of the peaks that are not in it.
+    """
+
+    n_rows: int
+    peaks: PeakIntensities
 
 
 _job: Job | None = None
@@ -97,6 +112,7 @@ def _blocks_of_task(
 ) -> Iterator[np.ndarray]:
     """The observations of each block; adds to the counts of the result."""
     accumulators: list[ext.Accumulator] = []
+    n_voxels = PointGrid(_job.grid).n_voxels
     for block in blocks:
         if _job.stop.is_set():
             return
@@ -112,8 +128,10 @@ def _blocks_of_task(
             _job.n_threads,
         )
         result.n_images += len(block)
-        result.n_pixels += int(rows["n_pixels"].sum())
-        result.counts += float(rows["counts"].sum())
+        diffuse = rows[rows["key"] < n_voxels]
+        result.n_pixels += int(diffuse["n_pixels"].sum())
+        result.counts += float(diffuse["counts"].sum())
+        result.background += float(diffuse["background"].sum())
         if block.experiment in _job.compared:
             result.contrasts[block.experiment] = bragg_contrasts(
                 block, experiment, tables, _job.grid, _job.settings
@@ -147,7 +165,7 @@ def _run_tasks(job: Job, n_processes: int) -> list[TaskResult]:
     tasks = cut_into_tasks(job.blocks, n_processes)
     try:
         _tables(job.keys[job.blocks[0].experiment])
-        with progress(
+        with progress_bar(
             total=sum(map(len, job.blocks)), desc="Extracting", unit=" images"
         ) as bar:
             done = []
@@ -170,7 +188,7 @@ def extract(
     path: str | os.PathLike,
     phil: str = "",
     inputs: list[str] | None = None,
-) -> int:
+) -> Extracted:
     """Extract voxel observations from images to a file.
 
     Args:
@@ -183,21 +201,19 @@ def extract(
         inputs: Names of the input files, for the record.
 
     Returns:
-        The number of observations.
+        The number of observations, and the Bragg intensities of the peaks left out.
 
     Raises:
         ValueError: An image cannot be read, or no pixel is left.
     """
     path = Path(path)
-    with tempfile.TemporaryDirectory(
-        prefix=f"{path.name}.", suffix=".runs", dir=path.parent
-    ) as folder:
+    with enter_whole(lambda: _folder_beside(path)) as folder:
         job, n_processes = make_job(experiments, grid, settings, Path(folder))
         results = _run_tasks(job, n_processes)
         identifiers = {i: e.identifier for i, e in enumerate(experiments)}
         with ObservationWriter(path, grid, identifiers, phil, inputs) as writer:
             paths = [path for result in results for path in result.paths]
-            n_beyond = merge_runs(paths, grid, writer)
+            n_beyond, peaks = merge_runs(paths, grid, writer)
     _report(results, len(job.blocks), writer.n_rows, n_beyond)
     log_settings(
         check_settings({k: v for r in results for k, v in r.contrasts.items()}, grid)
@@ -207,7 +223,14 @@ def extract(
             "No pixel is left: check the mask, the trusted range, the resolution "
             "limits and bragg.semi_axes"
         )
-    return writer.n_rows
+    intensities = peak_intensities(peaks, experiments, grid, settings.bragg)
+    return Extracted(writer.n_rows, intensities)
+
+
+def _folder_beside(path: Path) -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(
+        prefix=f"{path.name}.", suffix=".runs", dir=path.parent
+    )
 
 
 def make_job(
@@ -248,6 +271,9 @@ def _report(
         sum(result.counts for result in results),
         sum(result.counts for result in results) / max(n_pixels, 1),
     )
+    background = sum(result.background for result in results)
+    if background:
+        logger.info("%.4g photons per pixel are background", background / n_pixels)
     logger.info(
         "%d observations of voxels, %.1f pixels each", n_rows, n_pixels / max(n_rows, 1)
     )

@@ -11,18 +11,23 @@ from dxtbx.model import Detector, Experiment
 from scitbx.array_family import flex
 
 import dials_diffuse_ext as ext
+from dials_diffuse.bragg.points import PointGrid
+from dials_diffuse.bragg.sums import add_surroundings
 from dials_diffuse.extraction.blocks import Block, image_number
 from dials_diffuse.extraction.settings import ExtractionSettings
 from dials_diffuse.extraction.tables import PanelTable
 from dials_diffuse.geometry.orientation import FrameModel, frame_model, inverse
 from dials_diffuse.grid import Grid
 
+WIDE_IMAGE = 1.0  # voxels: from there on the middles of images leave voxels out
+
 BATCH_PIXELS = (
     64_000_000  # of raw images held in memory, 4 bytes each (8 if floating-point)
 )
 
 # The sums of one observation: ``key`` is the voxel's place in the grid's bounding box,
-# x, y and z are sums over the pixels (px, px, images).
+# x, y and z are sums over the pixels (px, px, images). Keys from the grid's number of
+# voxels on are those of reciprocal lattice points and their Bragg peaks.
 SUMS = np.dtype(
     [
         ("key", "i4"),
@@ -31,6 +36,8 @@ SUMS = np.dtype(
         ("n_pixels", "i4"),
         ("counts", "f8"),
         ("normalisation", "f8"),
+        ("background", "f8"),
+        ("background_variance", "f8"),
         ("x", "f8"),
         ("y", "f8"),
         ("z", "f8"),
@@ -42,7 +49,9 @@ def loop_frame(
     model: FrameModel, experiment: Experiment, grid: Grid, settings: ExtractionSettings
 ) -> ext.Frame:
     """What the pixel loop needs to know of one image."""
-    w = np.array(grid.ndiv)[:, None] * inverse(model.setting)
+    ndiv = np.array(grid.ndiv)[:, None]
+    w = ndiv * inverse(model.setting)
+    sweep = ndiv * model.sweep()
     return ext.make_frame(
         w=tuple(w.ravel()),
         s0=tuple(model.s0),
@@ -54,7 +63,35 @@ def loop_frame(
             experiment.crystal.get_unit_cell(), grid.rotations
         ),
         z=model.z,
+        growth=settings.bragg.growth,
+        sweep=tuple(sweep.ravel()) if np.any(sweep) else None,
+        spread=is_spread(sweep, grid, settings),
     )
+
+
+def is_spread(sweep: np.ndarray, grid: Grid, settings: ExtractionSettings) -> bool:
+    """Whether the rows of an image are spread over its range of rotation.
+
+    Args:
+        sweep: Change of diag(ndiv) (S R F A)^-1 over the image, Å, shape (3, 3).
+        grid: The voxel grid.
+        settings: With ``phi_sampling`` auto, they are spread if the image sweeps more
+            than ``WIDE_IMAGE`` voxels at d_min.
+    """
+    if settings.phi_sampling != "auto":
+        return settings.phi_sampling == "spread"
+    return float(np.linalg.norm(sweep, axis=1).max()) / grid.d_min > WIDE_IMAGE
+
+
+def new_accumulator(
+    grid: Grid, settings: ExtractionSettings, n_threads: int
+) -> ext.Accumulator:
+    """An empty accumulator for the voxels of a grid and its Bragg peaks."""
+    points = PointGrid(grid)
+    absent = None
+    if not settings.bragg.absent:
+        absent = flumpy.from_numpy(points.is_absent())
+    return ext.Accumulator(grid.half_size, n_threads, points.half_size, absent)
 
 
 def read_image(experiment: Experiment, array_index: int) -> tuple:
@@ -140,7 +177,7 @@ def accumulate_block(
     # if all images are in memory, one accumulator can serve panel after panel
     n_needed = 1 if len(all_batches) == 1 else len(tables)
     while len(accumulators) < n_needed:
-        accumulators.append(ext.Accumulator(grid.half_size, n_threads))
+        accumulators.append(new_accumulator(grid, settings, n_threads))
     for indices in all_batches:
         frames = [
             loop_frame(frame_model(experiment, i), experiment, grid, settings)
@@ -153,7 +190,11 @@ def accumulate_block(
             if indices is all_batches[-1]:
                 sums = accumulator.finish()
                 parts.append(sum_rows(sums, block.experiment, number, table, exposure))
-    return np.concatenate(parts)
+    rows = np.concatenate(parts)
+    cell = experiment.crystal.get_unit_cell()
+    metric = settings.bragg.metric(cell, grid.rotations)
+    add_surroundings(rows, PointGrid(grid), metric)
+    return rows
 
 
 def sum_rows(
@@ -175,6 +216,7 @@ def sum_rows(
     rows["panel"] = number
     rows["counts"] = table.photons(columns["value"], columns["n_pixels"])
     rows["normalisation"] = columns["weight"] * (table.weight_unit * exposure)
-    for name in ("n_pixels", "x", "y", "z"):
+    rows["background_variance"] = columns["variance"]
+    for name in ("n_pixels", "background", "x", "y", "z"):
         rows[name] = columns[name]
     return rows

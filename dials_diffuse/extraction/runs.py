@@ -17,11 +17,12 @@ from typing import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from dials_diffuse.bragg.points import PointGrid
 from dials_diffuse.extraction.loop import SUMS
 from dials_diffuse.grid import Grid
 from dials_diffuse.io.observations import ObservationWriter
 
-RUN_ROWS = 2_000_000  # 112 MB
+RUN_ROWS = 2_000_000  # 144 MB
 SLAB_ROWS = 500_000
 SAMPLE = 997  # every so many rows, a key that says how the rows are distributed
 
@@ -132,8 +133,8 @@ def observation_columns(rows: np.ndarray, grid: Grid) -> dict[str, np.ndarray]:
         "id": rows["id"],
         "panel": rows["panel"].astype(np.uint64),
         "counts": rows["counts"],
-        "background.sum.value": zero,
-        "background.sum.variance": zero,
+        "background.sum.value": rows["background"],
+        "background.sum.variance": rows["background_variance"],
         "normalisation": rows["normalisation"],
         "num_pixels.valid": rows["n_pixels"],
         "xyzobs.px.value": np.stack(centroid, axis=-1),
@@ -142,15 +143,19 @@ def observation_columns(rows: np.ndarray, grid: Grid) -> dict[str, np.ndarray]:
     }
 
 
-def merge_runs(paths: Sequence[Path], grid: Grid, writer: ObservationWriter) -> int:
+def merge_runs(
+    paths: Sequence[Path], grid: Grid, writer: ObservationWriter
+) -> tuple[int, np.ndarray]:
     """Append the observations of all runs, sorted by voxel, to a table.
 
     Returns:
         The number of observations left out because they lie beyond d_min in the
-        reference cell.
+        reference cell, and the rows of Bragg peaks, which go with no voxel.
     """
+    peaks = [np.zeros(0, dtype=SUMS)]
     if not paths:
-        return 0
+        return 0, peaks[0]
+    n_voxels = PointGrid(grid).n_voxels
     slabs = sorted_slabs(paths)
     n_beyond = 0
     # one thread sorts the next slab while this one is written
@@ -158,7 +163,13 @@ def merge_runs(paths: Sequence[Path], grid: Grid, writer: ObservationWriter) -> 
         following = pool.submit(next, slabs, None)
         while (slab := following.result()) is not None:
             following = pool.submit(next, slabs, None)
+            # sorted: the peaks come last
+            n_rows = np.searchsorted(slab["key"], n_voxels)
+            peaks.append(slab[n_rows:].copy())
+            if n_rows == 0:
+                continue
+            slab = slab[:n_rows]
             columns = observation_columns(slab, grid)
             n_beyond += len(slab) - len(columns["id"])
             writer.append(columns)
-    return n_beyond
+    return n_beyond, np.concatenate(peaks)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Sequence
 
 import numpy as np
 
 from cctbx import uctbx
 
+from dials_diffuse.grid import Grid
 from dials_diffuse.util.compat import available_cores
 
 
@@ -32,6 +33,12 @@ class CorrectionSettings:
             raise ValueError("polarization_normal must not have zero length")
 
 
+def symmetric(elements: Sequence[float]) -> np.ndarray:
+    """The symmetric matrix of elements 11, 22, 33, 12, 13, 23, shape (3, 3)."""
+    g11, g22, g33, g12, g13, g23 = elements
+    return np.array([[g11, g12, g13], [g12, g22, g23], [g13, g23, g33]])
+
+
 @dataclasses.dataclass(frozen=True)
 class BraggSettings:
     """The ellipsoid about the Bragg positions whose pixels are left out."""
@@ -39,6 +46,8 @@ class BraggSettings:
     exclusion: str = "ellipsoid"
     semi_axes: tuple[float, float, float] = (0.25, 0.25, 0.25)
     unit: str = "hkl"
+    growth: float = 0.0
+    absent: bool = False
 
     def __post_init__(self) -> None:
         if self.exclusion == "none":
@@ -86,6 +95,24 @@ class BraggSettings:
         )
         return g[0, 0], g[1, 1], g[2, 2], g[0, 1], g[0, 2], g[1, 2]
 
+    def volume(self, cell: uctbx.unit_cell, grid: Grid, hkl: np.ndarray) -> np.ndarray:
+        """Volume of the region around each lattice point, in reciprocal cells.
+
+            v = 4π/3 (1 + growth s²)^{3/2} / √det g
+
+        Args:
+            cell: Cell of the crystal.
+            grid: The voxel grid, for its Laue group.
+            hkl: Miller indices, shape (n, 3).
+        """
+        metric = self.metric(cell, grid.rotations)
+        if metric is None:
+            return np.zeros(len(hkl))
+        determinant = np.linalg.det(symmetric(metric))
+        b = np.array(cell.fractionalization_matrix()).reshape(3, 3)
+        s2 = np.sum((hkl @ b) ** 2, axis=1)
+        return 4 / 3 * np.pi * (1 + self.growth * s2) ** 1.5 / np.sqrt(determinant)
+
     def check_coverage(self, cell: uctbx.unit_cell, rotations: np.ndarray) -> None:
         """Check that the ellipsoids leave something of each reciprocal cell.
 
@@ -95,8 +122,7 @@ class BraggSettings:
         metric = self.metric(cell, rotations)
         if metric is None:
             return
-        g11, g22, g33, g12, g13, g23 = metric
-        g = np.array([[g11, g12, g13], [g12, g22, g23], [g13, g23, g33]])
+        g = symmetric(metric)
         axis = (np.arange(40) + 0.5) / 40 - 0.5
         dh = np.stack(np.meshgrid(axis, axis, axis), axis=-1).reshape(-1, 3)
         covered = np.mean(np.einsum("ni,ij,nj->n", dh, g, dh) < 1)
@@ -121,6 +147,8 @@ class ExtractionSettings:
         reference_cell: ``mean``, ``first`` or ``given``.
         unit_cell: The reference cell if it is given.
         block_width: Degrees of rotation that make one observation per voxel.
+        phi_sampling: ``middle`` indexes all pixels of an image at the middle of its
+            rotation, ``spread`` its rows at angles spread over it; ``auto`` decides.
         mask: Mask of each panel, True for good pixels, or None.
         gain: Detector units per photon, or None for the panels' own.
         trusted_range: Smallest and largest value to use, or None for the panels' own.
@@ -133,6 +161,7 @@ class ExtractionSettings:
     reference_cell: str = "mean"
     unit_cell: tuple[float, ...] | None = None
     block_width: float = 1.0
+    phi_sampling: str = "auto"
     bragg: BraggSettings = BraggSettings()
     corrections: CorrectionSettings = CorrectionSettings()
     mask: tuple[np.ndarray, ...] | None = None
@@ -164,11 +193,13 @@ class ExtractionSettings:
             reference_cell=params.grid.reference_cell,
             unit_cell=cell.parameters() if cell else None,
             block_width=params.block_width,
+            phi_sampling=params.phi_sampling,
             bragg=BraggSettings(
                 # PHIL reads the word none, in any case, as no choice at all
                 exclusion=params.bragg.exclusion or "none",
                 semi_axes=three_of("bragg.semi_axes", params.bragg.semi_axes or [0.25]),
                 unit=params.bragg.unit,
+                absent=params.bragg.absent,
             ),
             corrections=CorrectionSettings(
                 polarization=c.polarization,

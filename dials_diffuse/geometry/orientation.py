@@ -25,11 +25,31 @@ class FrameModel:
         setting: S R F A, shape (3, 3), Å⁻¹, laboratory frame.
         s0: Incident beam vector, Å⁻¹, laboratory frame.
         z: Centre of the image as array index + 1/2.
+        rotation: Rotation of the sample from the start of the image to its end, as a
+            vector along the axis in the laboratory frame, rad; zero for a still.
     """
 
     setting: np.ndarray
     s0: np.ndarray
     z: float
+    rotation: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(3))
+
+    def sweep(self) -> np.ndarray:
+        """Change of the inverse setting matrix over the image, shape (3, 3), Å.
+
+        A point rlp fixed in the laboratory, a pixel, has the indices
+
+            h(t) = A^-1 R(-t ω) rlp,    -1/2 <= t <= 1/2,
+
+        and h(1/2) - h(-1/2) = -2 sin(ω/2) A^-1 [n]x rlp, with the rotation by ω = ω n
+        and the matrix [n]x of the cross product.
+        """
+        angle = float(np.linalg.norm(self.rotation))
+        if angle == 0:
+            return np.zeros((3, 3))
+        x, y, z = self.rotation / angle
+        cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+        return -2 * np.sin(angle / 2) * inverse(self.setting) @ cross
 
 
 def _midpoint(scan_points: int, at_scan_point, static, i: int) -> np.ndarray:
@@ -70,21 +90,34 @@ def frame_model(experiment: Experiment, array_index: int) -> FrameModel:
     i = array_index - first
     s0 = _midpoint(beam.num_scan_points, beam.get_s0_at_scan_point, beam.get_s0, i)
     setting = crystal_setting(experiment.crystal, i)
-    if not experiment.is_still():
-        setting = goniometer_rotation(experiment, array_index) @ setting
-    return FrameModel(setting, s0, array_index + 0.5)
+    if experiment.is_still():
+        return FrameModel(setting, s0, array_index + 0.5)
+    setting = goniometer_rotation(experiment, array_index) @ setting
+    rotation = np.radians(scan.get_oscillation()[1]) * rotation_axis(experiment, i)
+    return FrameModel(setting, s0, array_index + 0.5, rotation)
 
 
-def goniometer_rotation(experiment: Experiment, array_index: int) -> np.ndarray:
-    """S R(phi) F at the middle of an image, shape (3, 3)."""
-    goniometer, scan = experiment.goniometer, experiment.scan
-    i = array_index - scan.get_array_range()[0]
-    setting = _midpoint(
+def setting_rotation(experiment: Experiment, i: int) -> np.ndarray:
+    """Setting rotation S of the goniometer at image i of the scan, shape (3, 3)."""
+    goniometer = experiment.goniometer
+    return _midpoint(
         goniometer.num_scan_points,
         goniometer.get_setting_rotation_at_scan_point,
         goniometer.get_setting_rotation,
         i,
     ).reshape(3, 3)
+
+
+def rotation_axis(experiment: Experiment, i: int) -> np.ndarray:
+    """Rotation axis at image i of the scan, unit vector in the laboratory frame."""
+    datum = np.array(experiment.goniometer.get_rotation_axis_datum())
+    return setting_rotation(experiment, i) @ datum
+
+
+def goniometer_rotation(experiment: Experiment, array_index: int) -> np.ndarray:
+    """S R(phi) F at the middle of an image, shape (3, 3)."""
+    goniometer, scan = experiment.goniometer, experiment.scan
+    setting = setting_rotation(experiment, array_index - scan.get_array_range()[0])
     fixed = np.array(goniometer.get_fixed_rotation()).reshape(3, 3)
     axis = np.array(goniometer.get_rotation_axis_datum())
     phi = scan.get_angle_from_array_index(array_index + 0.5, deg=False)

@@ -29,26 +29,19 @@ import numpy as np
 from dials_diffuse.grid import Grid
 from dials_diffuse.io.nexus import (
     COMPRESSION,
-    ENTRY,
     describe,
+    find_map_entry,
     make_box,
-    make_entry,
+    make_map_entry,
     make_map_groups,
     nexus_group,
     write_box,
-    write_sample,
 )
-from dials_diffuse.io.observations import (
-    ROOT,
-    Column,
-    check_schema,
-    read_grid,
-    write_grid,
-    write_provenance,
-)
+from dials_diffuse.io.observations import Column
 from dials_diffuse.util.hdf5 import HDF5Input, HDF5Output
 
 SCHEMA = 1
+PROGRAM = "dials.diffuse_merge"
 INTENSITY = "photons/(s.sr)"
 ASU_CHUNK = 1 << 16
 
@@ -149,11 +142,15 @@ class MapWriter:
         self.grid = grid
         self.n_voxels = 0
         self._output = HDF5Output(path)
-        self._entry = make_entry(self._output.file, "Diffuse scattering map")
-        write_provenance(self._entry, "dials.diffuse_merge", phil, list(inputs))
-        self._entry[ROOT].attrs["schema"] = SCHEMA
-        write_grid(self._entry[ROOT], grid)
-        write_sample(self._entry, grid)
+        self._entry = make_map_entry(
+            self._output.file,
+            "Diffuse scattering map",
+            grid,
+            SCHEMA,
+            PROGRAM,
+            phil,
+            inputs,
+        )
         experiments = nexus_group(self._entry, "experiments", "NXcollection")
         experiments.create_dataset(
             "identifiers", data=list(identifiers), dtype=h5py.string_dtype()
@@ -265,23 +262,13 @@ class MapFile(HDF5Input):
     """
 
     def _load(self) -> None:
-        self._entry = self._checked_entry()
-        self.grid = read_grid(self._entry[ROOT])
+        self._entry, self.grid = find_map_entry(
+            self._file, self.path, SCHEMA, "asu/sigma", "a merged map", PROGRAM
+        )
         self.identifiers = [
             name.decode() for name in self._entry["experiments/identifiers"][()]
         ]
         self.n_voxels: int = len(self._entry["asu/index"])
-
-    def _checked_entry(self) -> h5py.Group:
-        """The entry of the file, if it is a map that this version can read."""
-        entry = self._file.get(ENTRY)
-        if entry is None or ROOT not in entry or "asu/sigma" not in entry:
-            raise ValueError(
-                f"{self.path} is not a merged map: give the output of "
-                "dials.diffuse_merge"
-            )
-        check_schema(entry[ROOT], SCHEMA, self.path)
-        return entry
 
     def blocks(
         self, names: Sequence[str], max_rows: int = 1 << 20

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, Iterable
+from typing import Callable, Iterable, Sequence
 
 import h5py
 import numpy as np
@@ -10,6 +10,13 @@ import numpy as np
 from cctbx import sgtbx
 
 from dials_diffuse.grid import Grid
+from dials_diffuse.io.observations import (
+    ROOT,
+    check_schema,
+    read_grid,
+    write_grid,
+    write_provenance,
+)
 
 ENTRY = "entry"
 BOX_CHUNK = 32
@@ -30,17 +37,63 @@ def describe(dataset: h5py.Dataset, units: str, meaning: str) -> None:
     dataset.attrs["long_name"] = meaning
 
 
-def make_entry(root: h5py.File, title: str) -> h5py.Group:
-    """The entry of a file whose default plot is the group ``map``."""
+def make_map_entry(
+    root: h5py.File,
+    title: str,
+    grid: Grid,
+    schema: int,
+    program: str,
+    phil: str,
+    inputs: Sequence[str] = (),
+) -> h5py.Group:
+    """The entry of a file whose default plot is the group ``map``, a map on a grid.
+
+    Args:
+        root: The file.
+        title: Its title.
+        grid: The grid.
+        schema: Number of the layout.
+        program, phil, inputs: What made it; see ``write_provenance``.
+
+    Returns:
+        The entry, with the groups ``dials_diffuse`` and ``sample``.
+    """
     root.attrs["default"] = ENTRY
     root.attrs["NX_class"] = "NXroot"
     entry = nexus_group(root, ENTRY, "NXentry")
     entry.attrs["default"] = "map"
     entry["title"] = title
+    write_provenance(entry, program, phil, list(inputs))
+    entry[ROOT].attrs["schema"] = schema
+    write_grid(entry[ROOT], grid)
+    _write_sample(entry, grid)
     return entry
 
 
-def write_sample(entry: h5py.Group, grid: Grid) -> h5py.Group:
+def find_map_entry(
+    root: h5py.File, path: str, schema: int, dataset: str, what: str, program: str
+) -> tuple[h5py.Group, Grid]:
+    """The entry that ``make_map_entry`` made, and its grid.
+
+    Args:
+        root: The file.
+        path: Its name.
+        schema: The newest layout that can be read.
+        dataset: Which files of this kind alone have.
+        what: The kind.
+        program: Writes such files.
+
+    Raises:
+        ValueError: The file is of another kind, or its layout too new.
+    """
+    entry = root.get(ENTRY)
+    if entry is None or ROOT not in entry or dataset not in entry:
+        raise ValueError(f"{path} is not {what}: give the output of {program}")
+    check_schema(entry[ROOT], schema, path)
+    return entry, read_grid(entry[ROOT])
+
+
+def _write_sample(entry: h5py.Group, grid: Grid) -> None:
     """The cell and the symmetry of a grid, in the terms of NXsample."""
     sample = nexus_group(entry, "sample", "NXsample")
     cell = grid.cell
@@ -66,7 +119,6 @@ def write_sample(entry: h5py.Group, grid: Grid) -> h5py.Group:
     sample["space_group"] = group.type().lookup_symbol()
     sample["hall_symbol"] = grid.space_group
     sample["laue_group"] = str(grid.laue_group.info())
-    return sample
 
 
 def make_map_groups(

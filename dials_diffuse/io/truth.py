@@ -29,25 +29,18 @@ import numpy as np
 from dials_diffuse.grid import Grid
 from dials_diffuse.io.nexus import (
     COMPRESSION,
-    ENTRY,
     describe,
+    find_map_entry,
     make_box,
-    make_entry,
+    make_map_entry,
     make_map_groups,
     nexus_group,
     write_box,
-    write_sample,
-)
-from dials_diffuse.io.observations import (
-    ROOT,
-    check_schema,
-    read_grid,
-    write_grid,
-    write_provenance,
 )
 from dials_diffuse.util.hdf5 import HDF5Input, HDF5Output
 
 SCHEMA = 1
+PROGRAM = "dials.diffuse_simulate"
 ELECTRONS = "electron^2"  # per unit cell
 
 PARTS: dict[str, str] = {
@@ -131,11 +124,9 @@ def write_truth(
     """
     output = HDF5Output(path)
     try:
-        entry = make_entry(output.file, "True diffuse scattering map")
-        write_provenance(entry, "dials.diffuse_simulate", phil, [])
-        entry[ROOT].attrs["schema"] = SCHEMA
-        write_grid(entry[ROOT], grid)
-        _write_sample(write_sample(entry, grid), truth)
+        title = "True diffuse scattering map"
+        entry = make_map_entry(output.file, title, grid, SCHEMA, PROGRAM, phil)
+        _write_sample(entry["sample"], truth)
         asu = nexus_group(entry, "asu", "NXcollection")
         describe(
             asu.create_dataset("index", data=index, dtype="int32", **COMPRESSION),
@@ -240,15 +231,11 @@ class TruthFile(HDF5Input):
     """
 
     def _load(self) -> None:
-        entry = self._file.get(ENTRY)
-        if entry is None or ROOT not in entry or "asu/cloud" not in entry:
-            raise ValueError(
-                f"{self.path} is not the truth of a simulation: give the output of "
-                "dials.diffuse_simulate"
-            )
-        check_schema(entry[ROOT], SCHEMA, self.path)
+        what = "the truth of a simulation"
+        entry, self.grid = find_map_entry(
+            self._file, self.path, SCHEMA, "asu/cloud", what, PROGRAM
+        )
         self._entry = entry
-        self.grid: Grid = read_grid(entry[ROOT])
         self.scattering_power = float(entry["sample/scattering_power"][()])
         self.composition = {
             name: float(value[()])

@@ -13,9 +13,9 @@ from typing import Iterator, Mapping, Protocol, Sequence
 import numpy as np
 
 from dials.array_family import flex
-from dials.util import progress
 from dials_diffuse.grid import Grid
 from dials_diffuse.merging import sums
+from dials_diffuse.util.signals import progress_bar
 
 logger = logging.getLogger("dials.diffuse.merge")
 
@@ -102,7 +102,7 @@ def read_observations(
         hashes = _hashes_by_id(table.identifiers)
         n_used = 0
         slabs = list(table.slabs(ROWS_PER_SLAB))
-        for start, stop in progress(slabs, desc="Merging", unit="slab"):
+        for start, stop in progress_bar(slabs, desc="Merging", unit="slab"):
             rows = usable_rows(table.read(start, stop, names))
             n_used += len(rows["id"])
             if len(rows["id"]) == 0:

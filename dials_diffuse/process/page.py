@@ -6,8 +6,6 @@ sections can be added to a page before it is rendered (``Page.add_section``).
 
 from __future__ import annotations
 
-import base64
-import io
 from pathlib import Path
 from typing import Any, Mapping, NamedTuple, Sequence
 
@@ -16,6 +14,8 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from dials_diffuse.report.embedding import draw, embed
 
 RESOLUTION_TICKS = 5
 
@@ -85,11 +85,6 @@ def format_cell(
     )
 
 
-def embed(content: bytes, kind: str) -> str:
-    """A picture as the data URI of an img element."""
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
-
-
 def plot_shells(shells: Sequence[Mapping[str, Any]]) -> bytes:
     """SVG of the mean intensity, CC1/2, completeness and multiplicity of the shells.
 
@@ -121,9 +116,7 @@ def plot_shells(shells: Sequence[Mapping[str, Any]]) -> bytes:
     axes[1].set_ylim(top=1.05)
     axes[2].set_ylim(0, 105)
     axes[3].set_ylim(bottom=0)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg")
-    return buffer.getvalue()
+    return draw(figure, "svg")
 
 
 def _resolution_axis(ax: Axes, s: np.ndarray) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Mapping, Sequence
 from cctbx import uctbx
 
 from dials.command_line import dials_import
-from dials_diffuse.util.compat import available_cores
+from dials_diffuse.extraction.settings import processes
 
 PROGRAMS = (
     "import",
@@ -106,7 +106,7 @@ class ProcessSettings:
             space_group=str(symmetry).replace(" ", "") if symmetry else None,
             unit_cell=params.unit_cell and params.unit_cell.parameters(),
             integrate=params.integrate,
-            nproc=number_of_processes(params.mp.nproc),
+            nproc=processes(params.mp.nproc),
             options={
                 name: user_options(name, getattr(params.dials, name))
                 for name in PROGRAMS
@@ -116,11 +116,6 @@ class ProcessSettings:
     def cell(self) -> uctbx.unit_cell | None:
         """The known unit cell."""
         return uctbx.unit_cell(self.unit_cell) if self.unit_cell else None
-
-
-def number_of_processes(nproc: Any) -> int:
-    """The number of processes; Auto means all available processors."""
-    return nproc if isinstance(nproc, int) else available_cores()
 
 
 def is_template(name: str) -> bool:

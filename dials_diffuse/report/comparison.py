@@ -8,9 +8,7 @@ scale of the map; only voxels that were compared are shown.
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import math
 
 import numpy as np
@@ -22,6 +20,7 @@ from matplotlib.ticker import NullLocator
 from dials_diffuse import symmetry
 from dials_diffuse.grid import Grid
 from dials_diffuse.io.maps import INTENSITY
+from dials_diffuse.report.embedding import draw, embed
 from dials_diffuse.report.slices import (
     Layer,
     circle_resolutions,
@@ -244,6 +243,7 @@ def comparison_section(
         figure: From ``plot_comparison``.
         dpi: Dots per inch of the picture.
     """
+    picture = embed(draw(figure, "png", dpi), "png")
     lines = [
         "<table>",
         *(
@@ -256,7 +256,7 @@ def comparison_section(
         *(_table_line(row, "td") for row in comparison.rows()),
         "</table>",
         f"<p>{LEGEND}</p>",
-        f'<img alt="{TITLE}" style="max-width: 100%" src="{_data_url(figure, dpi)}">',
+        f'<img alt="{TITLE}" style="max-width: 100%" src="{picture}">',
     ]
     return TITLE, "\n".join(lines)
 
@@ -264,10 +264,3 @@ def comparison_section(
 def _table_line(cells: list[str] | tuple[str, ...], tag: str) -> str:
     inside = "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in cells)
     return f"<tr>{inside}</tr>"
-
-
-def _data_url(figure: Figure, dpi: int) -> str:
-    """A figure as PNG inside a URL."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=dpi)
-    return f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"

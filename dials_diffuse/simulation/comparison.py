@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import math
 import os
 from typing import Any, Mapping, Sequence
@@ -278,7 +277,6 @@ def compare(
     truth: TruthFile | str | os.PathLike,
     n_shells: int = 10,
     scale: str = "fit",
-    exclude_halo: float | None = None,
     exclusion: Sequence[float] | None = None,
 ) -> Comparison:
     """The comparison of a merged map with the truth of its simulation.
@@ -288,8 +286,6 @@ def compare(
         truth: The truth, or its path.
         n_shells: Resolution shells.
         scale: fit the scale of the map, or take it as it is (absolute).
-        exclude_halo: Leave out voxels whose centres are this near to a Bragg position,
-            Å⁻¹; None leaves out none.
         exclusion: The Bragg exclusion of the extraction, as
             ``BraggSettings.metric``: voxels that it cuts are left out, since the map has
             the mean of what remains of them.
@@ -302,14 +298,13 @@ def compare(
             merged = stack.enter_context(MapFile(merged))
         if not isinstance(truth, TruthFile):
             truth = stack.enter_context(TruthFile(truth))
-        voxels = matched_voxels(merged, truth, exclude_halo, exclusion)
+        voxels = matched_voxels(merged, truth, exclusion)
     return compare_voxels(voxels, n_shells, scale)
 
 
 def matched_voxels(
     merged: MapFile,
     truth: TruthFile,
-    exclude_halo: float | None = None,
     exclusion: Sequence[float] | None = None,
 ) -> MatchedVoxels:
     """The unique voxels of a map that can be compared with the truth.
@@ -322,7 +317,7 @@ def matched_voxels(
     Args:
         merged: The map.
         truth: The truth.
-        exclude_halo, exclusion: See ``compare``.
+        exclusion: See ``compare``.
 
     Raises:
         ValueError: The grids differ, or no voxel is left.
@@ -340,8 +335,6 @@ def matched_voxels(
         "on the resolution limits": ~is_whole(grid, s),
         "not observed": ~(columns["normalisation"] > 0),
     }
-    if exclude_halo is not None:
-        reasons["near Bragg positions"] = bragg_distance(grid, index) <= exclude_halo
     if exclusion is not None:
         reasons["cut by the Bragg exclusion"] = is_cut(grid, index, exclusion)
     kept = np.ones(len(index), dtype=bool)
@@ -448,18 +441,6 @@ def is_excluded(hkl: np.ndarray, exclusion: Sequence[float]) -> np.ndarray:
     metric = np.array([[g11, g12, g13], [g12, g22, g23], [g13, g23, g33]])
     delta = hkl - np.rint(hkl)
     return np.einsum("...i,ij,...j->...", delta, metric, delta) < 1
-
-
-def bragg_distance(grid: Grid, index: np.ndarray) -> np.ndarray:
-    """Distance of voxel centres from the nearest point with integer h, k, l, Å⁻¹.
-
-    Args:
-        grid: The grid.
-        index: Voxel indices, shape (n, 3).
-    """
-    fraction = np.mod(index, grid.ndiv)
-    corners = itertools.product(*((0, n) for n in grid.ndiv))
-    return np.min([grid.s(fraction - np.array(corner)) for corner in corners], axis=0)
 
 
 def fit_scale(voxels: MatchedVoxels) -> tuple[float, float]:

@@ -17,13 +17,14 @@ has a slightly different cell.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 from scipy.interpolate import CubicSpline
 
 from dials_diffuse import symmetry
 from dials_diffuse.grid import Grid
+from dials_diffuse.simulation.quadrature import chunks, gauss_legendre
 from dials_diffuse.simulation.settings import DiffuseSettings
 from dials_diffuse.simulation.structure import (
     BraggIntensities,
@@ -50,16 +51,6 @@ ISOTROPIC_SLOPE = 20.0
 
 FACE_NODES = 24  # of Gauss-Legendre on each edge of the face of a voxel, for the halo
 RADIAL_NODES = 48
-
-
-def _gauss_legendre(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes on [-1/2, 1/2] and weights that add up to 1."""
-    nodes, weights = np.polynomial.legendre.leggauss(n)
-    return nodes / 2, weights / 2
-
-
-def _chunks(n: int, size: int) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, n, size))
 
 
 class IsotropicIntensity:
@@ -172,21 +163,6 @@ class Modulation:
             len(x), len(y), -1
         )
         return np.einsum("in,in->n", x, np.einsum("ijn,jn->in", along_z, y))
-
-    def mean(self, hkl: np.ndarray, width: np.ndarray) -> np.ndarray:
-        """Mean of P over boxes, in closed form.
-
-            <cos(2π h·u)> = cos(2π h·u) Π_i sinc(width_i u_i),    sinc x = sin(πx)/(πx)
-
-        Args:
-            hkl: Centres of the boxes, fractional Miller indices, shape (3, n).
-            width: Edges of the boxes, shape (3,).
-        """
-        mean = np.zeros(hkl.shape[1])
-        for frequency, weight in zip(self.frequencies * self.steps, self.weights):
-            smoothed = weight * np.prod(np.sinc(width * frequency))
-            mean += smoothed * np.cos(2 * np.pi * (frequency @ hkl))
-        return mean
 
 
 def _unique_vectors(
@@ -311,7 +287,7 @@ class HaloKernel:
 
         With r = sinh(t)/κ the integrand is smooth however sharp the halo is.
         """
-        nodes, weights = _gauss_legendre(RADIAL_NODES)
+        nodes, weights = gauss_legendre(RADIAL_NODES)
         end = np.arcsinh(self._kappa * np.minimum(q, self.cutoff))
         result = np.zeros((3, *q.shape))
         for node, weight in zip(nodes + 0.5, weights):
@@ -364,7 +340,7 @@ class HaloKernel:
         Returns:
             Shape (n_1, n_2, 5), the faces along the two other axes.
         """
-        nodes, weights = _gauss_legendre(n)
+        nodes, weights = gauss_legendre(n)
         others = [i for i in range(3) if i != axis]
         points = [
             ((np.arange(-half[i], half[i] + 1)[:, None] + nodes) / ndiv[i]).ravel()
@@ -441,7 +417,7 @@ class DiffuseMap:
         hkl = np.asarray(hkl, dtype=float)
         points = hkl.reshape(3, -1)
         result = np.zeros(points.shape[1])
-        for chunk in _chunks(len(result), CHUNK):
+        for chunk in chunks(len(result), CHUNK):
             h = np.ascontiguousarray(points[:, chunk])
             s_squared = self._length_squared(h)
             if cloud:
@@ -553,12 +529,12 @@ class DiffuseMap:
         nodes: int | None,
     ) -> np.ndarray:
         """Means over voxels of a function of fractional Miller indices, shape (3, ...)."""
-        rules = [_gauss_legendre(nodes or n) for n in self._quadrature_nodes(ndiv)]
+        rules = [gauss_legendre(nodes or n) for n in self._quadrature_nodes(ndiv)]
         offsets = np.stack(np.meshgrid(*[x for x, _ in rules], indexing="ij"))
         offsets = offsets.reshape(3, 1, -1) / ndiv[:, None, None]
         weights = np.einsum("i,j,k->ijk", *[w for _, w in rules]).ravel()
         means = np.empty(len(index))
-        for chunk in _chunks(len(index), max(1, VOXEL_CHUNK // len(weights))):
+        for chunk in chunks(len(index), max(1, VOXEL_CHUNK // len(weights))):
             centres = (index[chunk] / ndiv).T
             means[chunk] = function(centres[:, :, None] + offsets) @ weights
         return means
@@ -603,7 +579,7 @@ class DiffuseMap:
             point = nearest - shift
             offset = index - point * ndiv
             near = np.flatnonzero(np.all(np.abs(offset) <= half, axis=1))
-            for chunk in _chunks(len(near), VOXEL_CHUNK):
+            for chunk in chunks(len(near), VOXEL_CHUNK):
                 voxel = near[chunk]
                 h = point[voxel]
                 zeroth, x, y, z, second = moments[tuple((offset[voxel] + half).T)].T

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Iterator
 
 import numpy as np
 
@@ -25,6 +24,7 @@ from dials_diffuse.simulation.pixels import (
     moment,
     panel_pixels,
 )
+from dials_diffuse.simulation.quadrature import chunks, gauss_legendre
 from dials_diffuse.simulation.sample import Sample
 from dials_diffuse.simulation.scales import Absorption
 from dials_diffuse.simulation.settings import SimulationSettings
@@ -72,12 +72,6 @@ def air_rate(settings: SimulationSettings, two_theta: np.ndarray) -> np.ndarray:
     """
     pixel = settings.detector.pixel / settings.detector.distance
     return settings.background.air / pixel**2 * np.exp(-two_theta / AIR_ANGLE)
-
-
-def gauss_legendre(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights of the mean over 0..1."""
-    x, w = np.polynomial.legendre.leggauss(n)
-    return 0.5 * (x + 1), 0.5 * w
 
 
 class Detector:
@@ -131,7 +125,7 @@ class ImageModel:
         rate = self.detector.air[number].copy()
         if exposure.experiment.crystal is not None:
             middle = moment(exposure.experiment, exposure.index, 0.5)
-            for part in _chunks(panel.e.shape[1]):
+            for part in chunks(panel.e.shape[1], CHUNK):
                 e = panel.e[:, part]
                 intensity = self.intensity(exposure, e)
                 transmission = exposure.absorption.transmission(
@@ -160,7 +154,7 @@ class ImageModel:
         result = self.sample.isotropic(np.sqrt(np.einsum("in,in->n", rlp, rlp)))
         arc = self.detector.s_max * width
         for x, weight in zip(*gauss_legendre(self._n_nodes(arc))):
-            now = moment(experiment, exposure.index, x)
+            now = moment(experiment, exposure.index, 0.5 + x)
             hkl = _to_hkl(now.setting, length * e - now.s0[:, None])
             result += weight * self.sample.diffuse(hkl)
         if self.settings.bragg.on:
@@ -197,8 +191,3 @@ class ImageModel:
 def _to_hkl(setting: np.ndarray, rlp: np.ndarray) -> np.ndarray:
     """Fractional Miller indices of scattering vectors, shape (3, n)."""
     return np.linalg.inv(setting) @ rlp
-
-
-def _chunks(n: int) -> Iterator[slice]:
-    for start in range(0, n, CHUNK):
-        yield slice(start, min(start + CHUNK, n))

@@ -34,6 +34,7 @@ from dials_diffuse.simulation.settings import SimulationSettings
 from dials_diffuse.simulation.shadows import gap_mask, shadow
 from dials_diffuse.simulation.structure import make_contents
 from dials_diffuse.util.parallel import forked_results
+from dials_diffuse.util.signals import progress_bar
 
 logger = logging.getLogger("dials.diffuse.simulate")
 
@@ -178,7 +179,7 @@ def write_images(simulation: Simulation, folder: Path, prefix: str) -> Experimen
     """
     total = sum(series.n_images for series in simulation.series)
     result = ExperimentList()
-    with progress(total=total, desc="Simulating", unit=" images") as bar:
+    with progress_bar(total=total, desc="Simulating", unit=" images") as bar:
         for number, series in enumerate(simulation.series):
             with _images(simulation, number) as images:
                 counted = _counted(images, bar)

@@ -19,7 +19,7 @@ from dials_diffuse.simulation.noise import Defects
 from dials_diffuse.simulation.sample import S_STEP, Sample
 from dials_diffuse.simulation.scales import Absorption
 from dials_diffuse.simulation.settings import SimulationSettings
-from dials_diffuse.simulation.simulate import series_scales
+from dials_diffuse.simulation.simulate import Simulation, series_scales
 from dials_diffuse.util.compat import miller_index_to_numpy
 
 
@@ -83,6 +83,15 @@ def true_map(
     return index, true_voxels(sample, grid, index), number_voxels(grid, packed)
 
 
+def describe_simulation(simulation: Simulation, d_min: float) -> Truth:
+    """All of the truth of a simulation but the voxels, reflections to d_min."""
+    series = [
+        series_truth(simulation.settings, s.number, list(s.experiments.identifiers()))
+        for s in simulation.series
+    ]
+    return describe_truth(simulation.sample, d_min, series, simulation.defects)
+
+
 def series_truth(
     settings: SimulationSettings, number: int, identifiers: list[str]
 ) -> SeriesTruth:
@@ -101,9 +110,9 @@ def describe_truth(
     sample: Sample,
     d_min: float,
     series: list[SeriesTruth],
-    defects: Sequence[Defects] = (),
+    defects: Sequence[Defects],
 ) -> Truth:
-    """All of the truth but the voxels, reflections to d_min."""
+    """The same, from the parts of a simulation."""
     two_theta = np.radians(np.arange(0.0, 90.5, 0.5))
     contents = sample.contents
     s = np.arange(0, 1 / d_min, S_STEP)

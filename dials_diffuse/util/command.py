@@ -1,9 +1,8 @@
 """What every dials.diffuse_* command does before and after its one function call.
 
-A command loads its PHIL once (``load_phil``); its run() parses the arguments
-(``parse_arguments``), starts the log (``start_log``), logs the changed parameters
-(``report_changes``), and turns the ValueErrors of all this and of the algorithms into
-``raise Sorry(e) from None``: one clear line and exit status 1.
+A command loads its PHIL once (``load_phil``). Its run() makes the parser; below
+``errors_in_one_line`` it parses the arguments (``parse_arguments``) and checks them, and
+below ``logged_work`` it does its work.
 """
 
 from __future__ import annotations
@@ -96,6 +95,36 @@ def _why_unhandled(arg: str, phil: libtbx.phil.scope) -> str:
         reason = " ".join(str(e).split())
         return reason if arg in reason else f"{arg}: {reason}"
     return f"{arg} is not understood: see the help (-h)"
+
+
+@contextlib.contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Within it a ValueError ends the command: one clear line and exit status 1.
+
+    Raises:
+        Sorry: In place of a ValueError.
+    """
+    try:
+        yield
+    except ValueError as e:
+        raise Sorry(e) from None
+
+
+@contextlib.contextmanager
+def logged_work(parser: ArgumentParser, params: Any, options: Any) -> Iterator[None]:
+    """Start the log with the changed parameters; within it signals end the work in order.
+
+    Args:
+        parser: The parser that has read the arguments.
+        params, options: From ``parse_arguments``.
+
+    Raises:
+        ValueError: The log file cannot be written.
+    """
+    start_log(params, options)
+    report_changes(parser)
+    with ends_by_signal():
+        yield
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Iterator
 
+from dials_diffuse.util.signals import enter_whole
+
 
 @contextlib.contextmanager
 def atomic_path(final: str | os.PathLike) -> Iterator[Path]:
@@ -26,6 +28,23 @@ def atomic_path(final: str | os.PathLike) -> Iterator[Path]:
         raise ValueError(f"Cannot write {final}: it is a folder")
     if not final.parent.is_dir():
         raise ValueError(f"Cannot write {final}: there is no folder {final.parent}")
+    with enter_whole(lambda: _temporary_file(final)) as temporary:
+        try:
+            yield temporary
+            # mkstemp makes private files; give this one the permissions of any other
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            os.replace(temporary, final)
+        except Exception as e:
+            if is_disk_full(e):
+                raise ValueError(disk_full_message(final)) from e
+            raise
+
+
+@contextlib.contextmanager
+def _temporary_file(final: Path) -> Iterator[Path]:
+    """An empty file in the same folder; at the end it is removed, if still there."""
     try:
         handle, name = tempfile.mkstemp(
             # writers of dxtbx choose the format by the suffix
@@ -36,21 +55,11 @@ def atomic_path(final: str | os.PathLike) -> Iterator[Path]:
     except OSError as e:
         raise ValueError(f"Cannot write {final}: {e.strerror}") from None
     os.close(handle)
-    temporary = Path(name)
     try:
-        yield temporary
-        # mkstemp makes private files; give this one the permissions of any other
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, final)
-    except Exception as e:
-        if is_disk_full(e):
-            raise ValueError(disk_full_message(final)) from e
-        raise
+        yield Path(name)
     finally:
         with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+            os.unlink(name)
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import multiprocessing
-import os
 import signal
-import threading
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, Callable, Iterator, Sequence, TypeVar
+from typing import Callable, Iterator, Sequence, TypeVar
 
 from threadpoolctl import threadpool_limits
+
+from dials_diffuse.util.signals import DeferredSignals, enter_whole
 
 FORK = multiprocessing.get_context("fork")
 LOOK_FOR_SIGNALS = 0.1  # s
@@ -25,49 +25,18 @@ LOOK_FOR_SIGNALS = 0.1  # s
 Result = TypeVar("Result")
 
 
-class DeferredSignals:
-    """Within it SIGINT and SIGTERM take effect in ``check`` and at the end only.
-
-    Signals whose handler is not a Python function stay as they are.
-    """
-
-    def __init__(self) -> None:
-        self._owner = os.getpid()
-        self._noted: list[int] = []
-        self._handlers: dict[int, Callable[[int, Any], Any]] = {}
-
-    def _note(self, number: int, _: Any) -> None:
-        if os.getpid() == self._owner:
-            self._noted.append(number)
-        elif number == signal.SIGTERM:  # a new process, not yet told what to do
-            os._exit(128 + number)
-
-    def check(self) -> None:
-        """Let the first signal that has come take effect."""
-        if self._noted:
-            number = self._noted.pop(0)
-            self._handlers[number](number, None)
-
-    def __enter__(self) -> DeferredSignals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                handler = signal.getsignal(number)
-                if callable(handler):
-                    self._handlers[number] = handler
-                    signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        if exc_type is None:
-            self.check()
-
-
 def _start_worker() -> None:
     """Ctrl-C reaches all processes of a terminal; the parent deals with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _one_thread() -> contextlib.AbstractContextManager:
+    """Within it linear algebra has one thread.
+
+    The libraries are found by calls from C, which lose what a signal raises.
+    """
+    return enter_whole(lambda: threadpool_limits(1, user_api="blas"))
 
 
 @contextlib.contextmanager
@@ -98,13 +67,13 @@ def forked_results(
         ValueError: A process was ended from outside.
     """
     if nproc == 1:
-        with threadpool_limits(1, user_api="blas"):
+        with _one_thread():
             yield (function(*task) for task in tasks)
         return
     futures: list[concurrent.futures.Future] = []
     try:
         with (
-            threadpool_limits(1, user_api="blas"),
+            _one_thread(),
             DeferredSignals() as signals,
             concurrent.futures.ProcessPoolExecutor(
                 nproc, mp_context=FORK, initializer=_start_worker
@@ -115,8 +84,9 @@ def forked_results(
             finally:
                 if futures:  # their results are no longer wanted
                     stop()
-                for future in futures:
-                    future.cancel()
+                # Not future.cancel(): the pool of Python 3.11 may wait for ever for
+                # another event once it has dropped the last cancelled task.
+                pool.shutdown(cancel_futures=True)
     except BrokenProcessPool:
         raise ValueError(
             "A worker process was ended from outside, perhaps for want of memory: use "

@@ -81,7 +81,10 @@ namespace dials_diffuse { namespace boost_python {
                    double s_max,
                    const vec3<double> &ndiv,
                    const bp::object &exclusion,
-                   double z) {
+                   double z,
+                   double growth,
+                   const bp::object &sweep,
+                   bool spread) {
     if (!(wavelength > 0))
       throw std::invalid_argument("the wavelength must be positive");
     Frame f;
@@ -99,35 +102,141 @@ namespace dials_diffuse { namespace boost_python {
     if (f.exclude) g = bp::extract<sym_mat3<double> >(exclusion)();
     for (int i = 0; i < 6; ++i)
       f.g[i] = float(g[i]);
+    f.growth = float(growth);
     f.z = z;
+    mat3<double> change(0.0);
+    f.sweeps = !sweep.is_none();
+    if (f.sweeps) change = bp::extract<mat3<double> >(sweep)();
+    for (int i = 0; i < 9; ++i)
+      f.sweep[i] = float(change[i]);
+    f.t_min = -0.5f;
+    f.t_max = 0.5f;
+    f.spread = spread && f.sweeps;
     return f;
   }
 
   Box make_box(const vec3<int> &half_size) {
     if (half_size.min() < 0) throw std::invalid_argument("negative size of the grid");
-    const Box box(half_size.begin());
-    if (box.n_places() > 2147483647)
-      throw std::invalid_argument("the grid has too many voxels");
-    return box;
+    return Box(half_size.begin());
   }
 
-  Accumulator *make_accumulator(const vec3<int> &half_size, int n_threads) {
-    return new Accumulator(make_box(half_size), n_threads);
+  /* Where sums are kept. `absent` has a flag for each lattice point, in C order. */
+  Places make_places(const vec3<int> &half_size,
+                     const bp::object &half_points,
+                     const bp::object &absent) {
+    Places places(make_box(half_size));
+    if (!half_points.is_none())
+      places = Places(places.voxels, make_box(bp::extract<vec3<int> >(half_points)()));
+    if (places.n_bricks() * 64 > 2147483647)
+      throw std::invalid_argument("the grid has too many voxels");
+    if (absent.is_none()) return places;
+    const af::shared<bool> flags = bp::extract<af::shared<bool> >(absent)();
+    if (int64_t(flags.size()) != places.points.n_voxels())
+      throw std::invalid_argument("absent needs a flag for each lattice point");
+    places.absent.assign(places.points.n_places(), 0);
+    const int *half = places.points.half;
+    std::size_t i = 0;
+    for (int h = -half[0]; h <= half[0]; ++h)
+      for (int k = -half[1]; k <= half[1]; ++k)
+        for (int l = -half[2]; l <= half[2]; ++l)
+          places.absent[places.points.place(h, k, l)] = flags[i++];
+    return places;
   }
+
+  Accumulator *make_accumulator(const vec3<int> &half_size,
+                                int n_threads,
+                                const bp::object &half_points,
+                                const bp::object &absent) {
+    return new Accumulator(make_places(half_size, half_points, absent), n_threads);
+  }
+
+  /* What else is known of an image, and the arrays it refers to, kept alive. */
+  class ImageExtras {
+  public:
+    void add_other(const Frame &frame) {
+      extras_.others.push_back(frame);
+    }
+
+    /* Columns x0, x1, y0, y1, h, k, l of each rectangle; without indices, pixels are
+     * dropped. */
+    void set_rectangles(const af::shared<int> &columns, const vec3<int> &half_points) {
+      if (columns.size() % 7 != 0)
+        throw std::invalid_argument("a rectangle has seven numbers");
+      const Box points = make_box(half_points);
+      std::vector<Rectangle> rectangles;
+      for (const int *c = columns.begin(); c != columns.end(); c += 7) {
+        Rectangle r = {c[0], c[1], c[2], c[3], points.place(c[4], c[5], c[6])};
+        rectangles.push_back(r);
+      }
+      extras_.rectangles = Rectangles(rectangles);
+    }
+
+    void set_base(const af::shared<float> &base,
+                  const af::shared<float> &variance,
+                  double rate) {
+      if (base.size() != variance.size())
+        throw std::invalid_argument("base and variance differ in size");
+      base_ = base;
+      base_variance_ = variance;
+      extras_.background.base = base_.begin();
+      extras_.background.base_variance = base_variance_.begin();
+      extras_.background.rate = float(rate);
+    }
+
+    void set_profile(const af::shared<float> &profile, double s_start, double s_step) {
+      if (profile.size() < 2 || !(s_step > 0))
+        throw std::invalid_argument("a profile needs two values and a positive step");
+      profile_ = profile;
+      extras_.background.profile = profile_.begin();
+      extras_.background.n_profile = int(profile.size());
+      extras_.background.s_start = float(s_start);
+      extras_.background.inv_step = float(1.0 / s_step);
+    }
+
+    void set_grid(const af::shared<float> &grid, int nfast, int nslow, double spacing) {
+      if (nfast < 2 || nslow < 2 || !(spacing > 0)
+          || grid.size() != std::size_t(nfast) * nslow)
+        throw std::invalid_argument("a grid needs two nodes along either axis");
+      grid_ = grid;
+      extras_.background.grid = grid_.begin();
+      extras_.background.grid_fast = nfast;
+      extras_.background.grid_slow = nslow;
+      extras_.background.inv_spacing = float(1.0 / spacing);
+    }
+
+    /* Intensity to photons: what a weight of 1 stands for in this image */
+    void set_unit(double unit) {
+      extras_.background.unit = float(unit);
+    }
+
+    const Extras &get(std::size_t n_pixels) const {
+      if (extras_.background.base && base_.size() != n_pixels)
+        throw std::invalid_argument("the background has another size than its panel");
+      return extras_;
+    }
+
+  private:
+    Extras extras_;
+    af::shared<float> base_, base_variance_, profile_, grid_;
+  };
 
   /* Adds images of one type, each with its frame. */
   template <typename T>
   void add(Accumulator &self,
            const PanelView &view,
            const bp::list &frames,
-           const bp::list &images) {
+           const bp::list &images,
+           const bp::object &extras) {
     typedef af::versa<T, af::flex_grid<> > flex_type;
     std::vector<Image<T> > views;
     for (int i = 0; i < bp::len(images); ++i) {
       const flex_type &data = bp::extract<const flex_type &>(images[i])();
-      if (data.size() != std::size_t(view.nfast) * view.nslow)
+      const std::size_t n = std::size_t(view.nfast) * view.nslow;
+      if (data.size() != n)
         throw std::invalid_argument("the image has another size than its panel");
-      Image<T> image = {bp::extract<const Frame &>(frames[i])(), data.begin()};
+      Image<T> image = {bp::extract<const Frame &>(frames[i])(), data.begin(), 0};
+      if (!extras.is_none())
+        image.extras = &bp::extract<const ImageExtras &>(extras[i])().get(n);
       views.push_back(image);
     }
     gil_release nogil;
@@ -137,15 +246,18 @@ namespace dials_diffuse { namespace boost_python {
   void add_images(Accumulator &self,
                   const Panel &panel,
                   const bp::list &frames,
-                  const bp::list &images) {
+                  const bp::list &images,
+                  const bp::object &extras) {
     if (bp::len(frames) != bp::len(images))
       throw std::invalid_argument("as many frames as images are needed");
+    if (!extras.is_none() && bp::len(extras) != bp::len(images))
+      throw std::invalid_argument("as many extras as images are needed");
     if (bp::len(images) == 0) return;
     typedef af::versa<int, af::flex_grid<> > flex_int;
     if (bp::extract<const flex_int &>(images[0]).check())
-      add<int>(self, panel.view(), frames, images);
+      add<int>(self, panel.view(), frames, images, extras);
     else
-      add<double>(self, panel.view(), frames, images);
+      add<double>(self, panel.view(), frames, images, extras);
   }
 
   bp::dict finish(Accumulator &self) {
@@ -157,6 +269,7 @@ namespace dials_diffuse { namespace boost_python {
     const std::size_t n = sums.size();
     af::shared<int> voxel(n), n_pixels(n);
     af::shared<double> value(n), weight(n), x(n), y(n), z(n);
+    af::shared<double> background(n), variance(n);
     for (std::size_t i = 0; i < n; ++i) {
       voxel[i] = int(sums[i].voxel);
       n_pixels[i] = int(sums[i].n_pixels);
@@ -165,6 +278,8 @@ namespace dials_diffuse { namespace boost_python {
       x[i] = sums[i].x;
       y[i] = sums[i].y;
       z[i] = sums[i].z;
+      background[i] = sums[i].background;
+      variance[i] = sums[i].variance;
     }
     bp::dict result;
     result["voxel"] = voxel;
@@ -174,20 +289,28 @@ namespace dials_diffuse { namespace boost_python {
     result["x"] = x;
     result["y"] = y;
     result["z"] = z;
+    result["background"] = background;
+    result["variance"] = variance;
     return result;
   }
 
   /* Number in the C-ordered box of the voxel of each pixel, or -1: the loop's geometry
-   * alone. */
+   * alone. Pixels near a Bragg position have none. */
   af::shared<int> voxels(const vec3<int> &half_size,
                          const Panel &panel,
                          const Frame &frame) {
-    const Box box = make_box(half_size);
+    const Places all = make_places(half_size, bp::object(), bp::object());
     const PanelView &p = panel.view();
     af::shared<int> result(std::size_t(p.nfast) * p.nslow);
-    voxel_places(frame, box, p.ex, p.ey, p.ez, p.nfast * p.nslow, result.begin());
+    for (int row = 0; row < p.nslow; ++row) {
+      const std::size_t at = std::size_t(row) * p.nfast;
+      const Frame f = frame_of_row(frame, row);
+      int *out = result.begin() + at;
+      voxel_places(
+        f, all.voxels, p.ex + at, p.ey + at, p.ez + at, p.nfast, out);
+    }
     for (std::size_t i = 0; i < result.size(); ++i)
-      if (result[i] >= 0) result[i] = int(box.c_order(result[i]));
+      result[i] = result[i] >= 0 ? int(all.c_order(result[i])) : NOWHERE;
     return result;
   }
 
@@ -230,13 +353,36 @@ namespace dials_diffuse { namespace boost_python {
          arg("s_max"),
          arg("ndiv"),
          arg("exclusion"),
-         arg("z")));
+         arg("z"),
+         arg("growth") = 0.0,
+         arg("sweep") = object(),
+         arg("spread") = false));
+    class_<ImageExtras>("ImageExtras")
+      .def("add_other", &ImageExtras::add_other, (arg("frame")))
+      .def("set_rectangles",
+           &ImageExtras::set_rectangles,
+           (arg("columns"), arg("half_points")))
+      .def("set_base",
+           &ImageExtras::set_base,
+           (arg("base"), arg("variance"), arg("rate")))
+      .def("set_profile",
+           &ImageExtras::set_profile,
+           (arg("profile"), arg("s_start"), arg("s_step")))
+      .def("set_grid",
+           &ImageExtras::set_grid,
+           (arg("grid"), arg("nfast"), arg("nslow"), arg("spacing")))
+      .def("set_unit", &ImageExtras::set_unit, (arg("unit")));
     class_<Accumulator, boost::noncopyable>("Accumulator", no_init)
       .def("__init__",
            make_constructor(&make_accumulator,
                             default_call_policies(),
-                            (arg("half_size"), arg("n_threads") = 1)))
-      .def("add_images", &add_images, (arg("panel"), arg("frames"), arg("images")))
+                            (arg("half_size"),
+                             arg("n_threads") = 1,
+                             arg("half_points") = object(),
+                             arg("absent") = object())))
+      .def("add_images",
+           &add_images,
+           (arg("panel"), arg("frames"), arg("images"), arg("extras") = object()))
       .def("finish", &finish);
     def("voxels", &voxels, (arg("half_size"), arg("panel"), arg("frame")));
   }

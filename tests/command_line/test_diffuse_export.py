@@ -3,6 +3,7 @@ from __future__ import annotations
 import gemmi
 import numpy as np
 import pytest
+from simulate_images import count_images, import_images, write_images
 
 from libtbx.utils import Sorry
 
@@ -108,7 +109,9 @@ def test_both_formats(tmp_path):
         (["merged.h5", "merged.h5"], "Please give one map .*, not 2"),
         (["nowhere.h5"], "^nowhere.h5 does not exist$"),
         (["extracted.refl"], "^extracted.refl is not a merged map: give the output"),
-        (["extracted.expt"], "^extracted.expt is empty, damaged or of a kind"),
+        (["extracted.expt"], "experiment list is exported by format=pixels only"),
+        (["merged.h5", "format=pixels"], "give format=pixels alone, and a refined"),
+        (["extracted.expt", "format=pixels+npz"], "give format=pixels alone"),
         (["merged.h5", "format=mtz"], "mtz"),
         (["merged.h5", "ccp4.fill=nan"], "ccp4.fill must be a finite number"),
         (["merged.h5", "output.prefix=nowhere/x"], "Cannot write nowhere/x.ccp4"),
@@ -126,3 +129,47 @@ def test_help(capsys):
         diffuse_export.run(["-c", "-e2", "-a2"])
     assert not stop.value.code
     assert "Angstrom of the map for each" in capsys.readouterr().out
+
+
+@pytest.fixture
+def refined(tmp_path):
+    """refined.expt of three images of rotation data."""
+    paths = write_images(tmp_path, count_images(3), width=0.5)
+    experiments = import_images(paths)
+    experiments.as_file("refined.expt")
+    return experiments
+
+
+def test_pixels(refined, tmp_path):
+    diffuse_export.run(["refined.expt", "format=pixels", "pixels.image=2"])
+    diffuse_export.run(
+        [
+            *("refined.expt", "format=pixels", "pixels.image=2", "pixels.file=csv"),
+            *("pixels.extraction.corrections.polarization=False", "output.prefix=x"),
+        ]
+    )
+    image = count_images(3)[1]
+    csv = np.genfromtxt("x.csv", delimiter=",", names=True)
+    with np.load("pixels_0_2.npz") as found:
+        np.testing.assert_array_equal(found["counts"], image[found["y"], found["x"]])
+        np.testing.assert_array_equal(found["x"], csv["x"])
+        np.testing.assert_allclose(found["hkl"][:, 2], csv["l"], rtol=1e-6)
+        np.testing.assert_array_equal(found["voxel"][:, 0], csv["voxel_h"])
+        ratio = found["normalisation"] / csv["normalisation"]
+    assert ratio.min() < 0.95 and ratio.max() < 1.001  # the polarization factor
+    log = (tmp_path / "dials.diffuse_export.log").read_text()
+    assert "of experiment 0, image 2 written to x.csv" in log
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["pixels.image=4"], "pixels.image=4: the experiment has the images 1 to 3"),
+        (["pixels.experiment=1"], "the list has 1 experiments"),
+        (["pixels.extraction.trusted_range=9000,9001"], "No pixel is left"),
+        (["pixels.extraction.mask=nowhere.mask"], "nowhere.mask"),
+    ],
+)
+def test_wrong_pixels(refined, args, message):
+    with pytest.raises(Sorry, match=message):
+        diffuse_export.run(["refined.expt", "format=pixels", *args])

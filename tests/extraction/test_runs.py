@@ -138,7 +138,8 @@ def test_voxels_beyond_d_min_of_the_reference_cell_are_left_out(tmp_path):
     block["key"], block["n_pixels"] = ALL_KEYS, 1
     (path,) = runs.write_runs([block], tmp_path, "run")
     with ObservationWriter(tmp_path / "x.refl", GRID, {0: "a"}) as writer:
-        n_beyond = runs.merge_runs([path], GRID, writer)
+        n_beyond, peaks = runs.merge_runs([path], GRID, writer)
+    assert len(peaks) == 0
     with ObservationFile(tmp_path / "x.refl") as table:
         index = table.read(0, table.n_rows, ["miller_index"])["miller_index"]
     # half a voxel diagonal: its pixels may still be within the limit

@@ -1,188 +1,32 @@
-"""The C++ pixel loop against a slow numpy twin.
-
-The loop computes hkl in single precision: pixels within ``MARGIN`` of a limit may fall
-on either side. They are masked in both, after a check that they are few.
-"""
+"""The C++ pixel loop against a slow numpy twin."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.spatial.transform import Rotation
+from pixel_loop_twin import (
+    EXCLUSIONS,
+    HALF_SIZE,
+    MARGIN,
+    NDIV,
+    SIZE,
+    WAVELENGTH,
+    FrameInput,
+    PanelInput,
+    as_flex,
+    assert_sums_equal,
+    double_image,
+    integer_image,
+    loop_sums,
+    mask_unsure_pixels,
+    twin_sums,
+    twin_voxels,
+)
 
-from cctbx import uctbx
 from dxtbx import flumpy
 
 import dials_diffuse_ext as ext
 from dials_diffuse.grid import Grid
-
-NDIV = (3, 2, 4)
-CELL = uctbx.unit_cell((23, 27, 31, 82, 97, 104))
-HALF_SIZE = (16, 20, 29)  # cuts off the outer pixels on each axis
-MARGIN = 2e-3  # voxels, of hkl and of the other limits relative
-WAVELENGTH = 1.03
-SIZE = (67, 53)  # fast, slow; no multiple of the width of a vector
-SPHERE = tuple(np.array(CELL.reciprocal().metrical_matrix()) / 0.008**2)
-EXCLUSIONS = {
-    "none": None,
-    "hkl": (1 / 0.3**2, 1 / 0.2**2, 1 / 0.4**2, 0.0, 0.0, 0.0),
-    "sphere": SPHERE,
-}
-
-
-def as_flex(array):
-    """A flex array of its own: one that shares numpy's memory would end the process
-    when it is freed while an exception of the extension is on its way (flumpy)."""
-    return flumpy.from_numpy(np.ascontiguousarray(array)).deep_copy()
-
-
-class PanelInput:
-    """Arrays and numbers of a panel, as the extension and the twin take them."""
-
-    def __init__(self, seed=1, low=0.0, high=60.0):
-        rng = np.random.default_rng(seed)
-        nfast, nslow = SIZE
-        x, y = np.meshgrid(np.arange(nfast) + 0.5, np.arange(nslow) + 0.5)
-        position = np.stack([0.31 * (x - 33), -0.29 * (y - 20), np.full_like(x, -17)])
-        turn = Rotation.from_euler("xyz", [9, -7, 30 + seed], True).as_matrix()
-        position = np.tensordot(turn, position, axes=1)
-        e = position / np.linalg.norm(position, axis=0)
-        self.e = e.astype(np.float32)
-        self.weight = rng.integers(1, 2**30, x.shape).astype(np.int32)
-        self.weight[rng.random(x.shape) < 0.1] = 0
-        self.low, self.high = low, high
-
-    def ext(self):
-        return ext.Panel(
-            *(as_flex(component.ravel()) for component in self.e),
-            weight=as_flex(self.weight.ravel()),
-            nfast=SIZE[0],
-            nslow=SIZE[1],
-            trusted_min=self.low,
-            trusted_max=self.high,
-        )
-
-
-class FrameInput:
-    """Numbers of a frame, as the extension and the twin take them."""
-
-    def __init__(self, z=0.5, exclusion="hkl", s_min=0.05, s_max=0.42):
-        b = np.array(CELL.fractionalization_matrix()).reshape(3, 3).T
-        u = Rotation.from_euler("xyz", [20 + z, -35, 50], True).as_matrix()
-        self.w = np.diag(NDIV) @ np.linalg.inv(u @ b)
-        s0 = np.array([0.02, 0.01, -1.0])
-        self.s0 = s0 / np.linalg.norm(s0) / WAVELENGTH
-        self.z = z
-        self.exclusion = EXCLUSIONS[exclusion]
-        self.s_min, self.s_max = s_min, s_max
-
-    def ext(self):
-        return ext.make_frame(
-            w=tuple(self.w.ravel()),
-            s0=tuple(self.s0),
-            wavelength=WAVELENGTH,
-            s_min=self.s_min,
-            s_max=self.s_max,
-            ndiv=tuple(map(float, NDIV)),
-            exclusion=self.exclusion,
-            z=self.z,
-        )
-
-
-def twin_voxels(panel, frame, half_size=HALF_SIZE):
-    """Number of each pixel's voxel in the C-ordered box or -1, and whether that is sure."""
-    half = np.array(half_size)[:, None, None]
-    rlp = panel.e.astype(float) / WAVELENGTH - frame.s0[:, None, None]
-    s = np.sqrt(np.sum(rlp**2, axis=0))
-    h = np.tensordot(frame.w, rlp, axes=1)
-    index = np.floor(h + 0.5).astype(int)
-    inside = (s >= frame.s_min) & (s <= frame.s_max)
-    inside &= np.all(np.abs(index) <= half, axis=0)
-    sure = np.all(np.abs(h + 0.5 - np.rint(h + 0.5)) > MARGIN, axis=0)
-    for limit in (frame.s_min, frame.s_max):
-        sure &= np.abs(s - limit) > MARGIN * 0.01
-    if frame.exclusion is not None:
-        hkl = h / np.array(NDIV)[:, None, None]
-        dh = hkl - np.floor(hkl + 0.5)
-        g11, g22, g33, g12, g13, g23 = frame.exclusion
-        g = np.array([[g11, g12, g13], [g12, g22, g23], [g13, g23, g33]])
-        distance = np.einsum("iyx,ij,jyx->yx", dh, g, dh)
-        inside &= distance >= 1
-        sure &= np.abs(distance - 1) > MARGIN
-        sure &= np.all(np.abs(np.abs(dh) - 0.5) > MARGIN, axis=0)
-    size = 2 * np.array(half_size) + 1
-    index = index + half
-    place = (index[0] * size[1] + index[1]) * size[2] + index[2]
-    return np.where(inside, place, -1), sure
-
-
-def twin_sums(images, half_size=HALF_SIZE):
-    """Sums per voxel over (panel, frame, data) triples, as ``Accumulator.finish``."""
-    n_voxels = int(np.prod(2 * np.array(half_size) + 1))
-    sums = {
-        name: np.zeros(n_voxels)
-        for name in ("n_pixels", "value", "weight", "x", "y", "z")
-    }
-    for panel, frame, data in images:
-        voxel, _ = twin_voxels(panel, frame, half_size)
-        good = (voxel >= 0) & (panel.weight > 0)
-        good &= (data >= panel.low) & (data <= panel.high)  # False for NaN
-        slow, fast = np.nonzero(good)
-        terms = {
-            "n_pixels": np.ones(len(slow)),
-            "value": data[good],
-            "weight": panel.weight[good],
-            "x": fast + 0.5,
-            "y": slow + 0.5,
-            "z": np.full(len(slow), frame.z),
-        }
-        for name, term in terms.items():
-            np.add.at(sums[name], voxel[good], term)
-    (seen,) = np.nonzero(sums["n_pixels"])
-    return {"voxel": seen, **{name: column[seen] for name, column in sums.items()}}
-
-
-def loop_sums(images, n_threads=1, half_size=HALF_SIZE):
-    accumulator = ext.Accumulator(half_size, n_threads)
-    panels = dict.fromkeys(panel for panel, _, _ in images)
-    for panel in panels:
-        accumulator.add_images(
-            panel.ext(),
-            [frame.ext() for p, frame, _ in images if p is panel],
-            [as_flex(data) for p, _, data in images if p is panel],
-        )
-    return {k: flumpy.to_numpy(v) for k, v in accumulator.finish().items()}
-
-
-def mask_unsure_pixels(images):
-    """Gives weight 0 to pixels that rounding may put on either side of a limit."""
-    for panel, frame, _ in images:
-        _, sure = twin_voxels(panel, frame)
-        assert np.count_nonzero(~sure) < 0.05 * sure.size
-        panel.weight[~sure] = 0
-
-
-def integer_image(seed=3):
-    rng = np.random.default_rng(seed)
-    data = rng.poisson(20, SIZE[::-1]).astype(np.int32)
-    data[rng.random(data.shape) < 0.2] = 0
-    data[2, 3:9] = [-1, -2, 61, 60, 10**6, 2**31 - 1]
-    return data
-
-
-def double_image(seed=3):
-    data = integer_image(seed) * 1.37
-    data[5, 3:9] = [np.nan, np.inf, -np.inf, -1e-9, 60.0000001, 60.0]
-    return data
-
-
-def assert_sums_equal(found, expected, rtol=0.0):
-    """Equal, but for a relative error of the values alone: the rest are integers."""
-    assert len(expected["voxel"]) > 100
-    assert set(found) == set(expected)
-    np.testing.assert_allclose(found["value"], expected["value"], rtol, atol=rtol)
-    for name in set(found) - {"value"}:
-        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
 
 
 @pytest.mark.parametrize("exclusion", EXCLUSIONS)

@@ -65,18 +65,28 @@ def test_output_is_the_log_of_a_program_without_one(fake):
         assert log.read() == "hello\noops\n"
 
 
-def test_failure(fake):
-    fake("dials.fake", "touch fake.log; echo Indexing failed; echo; echo -----; exit 3")
-    expected = r"^dials.fake failed \(exit status 3, log fake.log\): Indexing failed$"
+@pytest.mark.parametrize(
+    "script, expected",
+    [
+        (
+            "touch fake.log; echo Indexing failed; echo; echo -----; exit 3",
+            r"^dials.fake failed \(exit status 3, log fake.log\): Indexing failed$",
+        ),
+        (
+            "echo working; kill -9 $$",
+            r"^dials.fake failed \(ended by SIGKILL, log fake.log\): working$",
+        ),
+        (
+            "echo Not enough spots; echo; echo Total Time Taken = 1.2 s",
+            r"^dials.fake indexed nothing \(log fake.log\): Not enough spots$",
+        ),
+    ],
+    ids=["status", "signal", "nothing"],
+)
+def test_failure(fake, script, expected):
+    fake("dials.fake", script)
     with pytest.raises(ValueError, match=expected):
-        run_program("dials.fake", [], "fake.log", ["a.expt"])
-
-
-def test_ended_by_a_signal(fake):
-    fake("dials.fake", "echo working; kill -9 $$")
-    expected = r"failed \(ended by SIGKILL, log fake.log\): working"
-    with pytest.raises(ValueError, match=expected):
-        run_program("dials.fake", [], "fake.log", [])
+        run_program("dials.fake", [], "fake.log", ["a.expt"], "indexed nothing")
 
 
 def test_missing_output(fake):
@@ -87,13 +97,6 @@ def test_missing_output(fake):
     expected = r"wrote no a_\*.expt \(log fake.log\): Nothing found"
     with pytest.raises(ValueError, match=expected):
         run_program("dials.fake", [], "fake.log", ["a_*.expt"])
-
-
-def test_what_a_missing_output_means(fake):
-    fake("dials.fake", "echo Not enough spots; echo; echo Total Time Taken = 1.2 s")
-    expected = r"^dials.fake indexed nothing \(log fake.log\): Not enough spots$"
-    with pytest.raises(ValueError, match=expected):
-        run_program("dials.fake", [], "fake.log", ["a.expt"], "indexed nothing")
 
 
 def test_workers_end_with_us(fake, monkeypatch):

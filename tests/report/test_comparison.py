@@ -8,6 +8,7 @@ import re
 import matplotlib.image
 import numpy as np
 import pytest
+from matched_voxels import correct_voxels, selected
 
 from dials_diffuse.grid import Grid
 from dials_diffuse.io.maps import MapFile, MapWriter
@@ -16,7 +17,6 @@ from dials_diffuse.merging.merge import MergingSettings, merge
 from dials_diffuse.report import comparison as report
 from dials_diffuse.simulation.comparison import (
     Comparison,
-    MatchedVoxels,
     compare_voxels,
 )
 
@@ -26,20 +26,7 @@ GRID = Grid((12.0, 14.0, 16.0, 90, 103, 90), (2, 3, 2), " P 2y", 2.0)
 def make_comparison(truth: np.ndarray, counts: float, v: float = 0.0) -> Comparison:
     """The comparison of a correct map of a given level of counts."""
     rng = np.random.default_rng(7)
-    index = GRID.asu_indices()
-    m = counts / truth.mean()
-    n = rng.poisson(m * truth) + rng.normal(0, np.sqrt(v), len(truth))
-    voxels = MatchedVoxels(
-        grid=GRID,
-        index=index,
-        s=GRID.s(index),
-        truth=truth,
-        intensity=n / m,
-        sigma=np.sqrt(np.maximum(n, 1)) / m,
-        normalisation=np.full(len(index), m),
-        background=np.zeros(len(index)),
-        background_variance=np.full(len(index), v),
-    )
+    voxels = correct_voxels(GRID, truth, counts / truth.mean(), rng, v)
     return compare_voxels(voxels, 5)
 
 
@@ -173,15 +160,7 @@ def test_empty_shells_and_layers_can_be_drawn(comparison):
     voxels = comparison.voxels
     some = (voxels.s > 0.45) & np.all(voxels.index != 0, axis=1)
     some |= voxels.s < 0.1
-    few = dataclasses.replace(
-        voxels,
-        **{
-            field.name: getattr(voxels, field.name)[some]
-            for field in dataclasses.fields(voxels)
-            if field.name not in ("grid", "left_out")
-        },
-    )
-    result = compare_voxels(few, 10)
+    result = compare_voxels(selected(voxels, some), 10)
     assert any(shell.n_voxels == 0 for shell in result.shells)
     _, text = report.comparison_section(result, report.plot_comparison(result), 20)
     assert "<td>-</td>" in text

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from matched_voxels import correct_voxels, selected
 
 from cctbx import sgtbx
 
@@ -105,18 +106,7 @@ def simulated_voxels(seed: int = 7, level: float = 3.0) -> MatchedVoxels:
     index = GRID.asu_indices()
     truth = POWER * true_intensity(GRID, index)
     m = level * rng.uniform(0.3, 1.7, len(index))
-    counts = rng.poisson(m * truth)
-    return MatchedVoxels(
-        grid=GRID,
-        index=index,
-        s=GRID.s(index),
-        truth=truth,
-        intensity=counts / m,
-        sigma=np.sqrt(np.maximum(counts, 1)) / m,
-        normalisation=m,
-        background=np.zeros(len(index)),
-        background_variance=np.zeros(len(index)),
-    )
+    return correct_voxels(GRID, truth, m, rng)
 
 
 def assert_correct(result: comparison.Comparison) -> None:
@@ -347,29 +337,20 @@ def test_voxels_that_reach_beyond_the_limits_are_left_out(write_true_map, merge_
     assert voxels.left_out == {"on the resolution limits": near.sum()}
 
 
-def test_halos_are_left_out(write_true_map, merge_rows):
+def test_cut_voxels_are_left_out(write_true_map, merge_rows):
     merged, truth = merge_rows(observe()), write_true_map()
     everything = compare(merged, truth).voxels
+
+    def left(*semi_axes: float) -> MatchedVoxels:
+        metric = [*np.array(semi_axes) ** -2.0, 0.0, 0.0, 0.0]
+        return compare(merged, truth, exclusion=metric).voxels
+
+    # a voxel half-way between Bragg positions begins at 1/4
     near = np.all(everything.index % 2 == 0, axis=1)
-    voxels = compare(merged, truth, exclude_halo=0.0).voxels
-    assert len(voxels) == (~near).sum()
-    assert voxels.left_out["near Bragg positions"] == near.sum()
-    # Voxels half way along c*, 1/54 from it, too
+    np.testing.assert_array_equal(left(0.2, 0.2, 0.2).index, everything.index[~near])
+    assert left(0.2, 0.2, 0.2).left_out["cut by the Bragg exclusion"] == near.sum()
     near |= np.all(everything.index[:, :2] % 2 == 0, axis=1)
-    assert len(compare(merged, truth, exclude_halo=0.02).voxels) == (~near).sum()
-
-
-@pytest.mark.parametrize("ndiv", [(1, 1, 1), (2, 3, 4)])
-def test_distance_from_bragg_positions(ndiv):
-    grid = Grid((10, 12, 14, 75, 80, 110), ndiv, " P 1", 3.0)
-    index = grid.asu_indices()[::7]
-    orthogonal = np.array(grid.cell.fractionalization_matrix()).reshape(3, 3)
-    hkl = index / ndiv
-    steps = np.array(np.meshgrid(*[range(-3, 4)] * 3)).reshape(3, -1).T
-    difference = (hkl - np.rint(hkl))[:, None] - steps
-    expected = np.linalg.norm(difference @ orthogonal, axis=2).min(axis=1)
-    found = comparison.bragg_distance(grid, index)
-    np.testing.assert_allclose(found, expected, atol=1e-9)
+    np.testing.assert_array_equal(left(0.2, 0.2, 0.3).index, everything.index[~near])
 
 
 @pytest.mark.parametrize(
@@ -421,7 +402,7 @@ def test_wrong_input_is_refused(write_true_map, merge_rows):
     with pytest.raises(ValueError, match="n_shells=0 must be positive"):
         compare(merged, truth, n_shells=0)
     with pytest.raises(ValueError, match="have no voxel in common"):
-        compare(merged, truth, exclude_halo=1.0)
+        compare(merged, truth, exclusion=(1.0, 1.0, 1.0, 0.0, 0.0, 0.0))
     voxels = simulated_voxels()
     with pytest.raises(ValueError, match="is -1, not positive"):
         compare_voxels(dataclasses.replace(voxels, intensity=-voxels.truth))
@@ -462,15 +443,7 @@ def test_table_and_dictionary_hold_all_shells():
 def test_empty_shells_have_dashes():
     voxels = simulated_voxels()
     ends = (voxels.s < 0.1) | (voxels.s > 0.44)
-    few = dataclasses.replace(
-        voxels,
-        **{
-            field.name: getattr(voxels, field.name)[ends]
-            for field in dataclasses.fields(voxels)
-            if field.name not in ("grid", "left_out")
-        },
-    )
-    result = compare_voxels(few, 12)
+    result = compare_voxels(selected(voxels, ends), 12)
     empty = result.shells[5]
     assert (empty.n_voxels, empty.ratio, empty.cc) == (0, None, None)
     assert result.rows()[5][3:] == ["-"] * 10

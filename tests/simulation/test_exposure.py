@@ -14,7 +14,6 @@ from dxtbx.model import Experiment, Panel
 from dials.algorithms.integration import Corrections
 from dials.array_family import flex
 from dials_diffuse.corrections import gas_attenuation
-from dials_diffuse.simulation.exposure import gauss_legendre
 from dials_diffuse.simulation.forecast import with_empty_images
 from dials_diffuse.simulation.scales import Absorption, image_scales
 from dials_diffuse.simulation.settings import (
@@ -253,12 +252,6 @@ def test_wide_image_is_the_mean_of_narrow_ones():
     assert deviation < 0.005
     # a single narrow image is something else
     assert np.sqrt(np.mean((narrow[25][lit] / mean[lit] - 1) ** 2)) > 0.02
-
-
-def test_nodes_of_the_quadrature():
-    x, w = gauss_legendre(5)
-    for power in range(10):
-        assert np.sum(w * x**power) == pytest.approx(1 / (power + 1), rel=1e-12)
 
 
 # Bragg peaks, summed over pixels and images

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import scipy.stats
+import simulate_images
 
 from cctbx import sgtbx, uctbx
 from cctbx.array_family import flex
@@ -230,11 +231,8 @@ def test_goniometer():
 
 
 CELLS = {
-    "P 1": (23, 27, 31, 82, 97, 104),
+    **simulate_images.CELLS,
     "I 1 2 1": (24, 31, 28, 90, 106, 90),
-    "P 21 21 21": (26, 31, 22, 90, 90, 90),
-    "P 41 21 2": (25, 25, 34, 90, 90, 90),
-    "P 61": (24, 24, 33, 90, 90, 120),
     "R 3 :R": (30, 30, 30, 75, 75, 75),
     "F m -3 m": (40, 40, 40, 90, 90, 90),
 }

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import stat
+import tempfile
 
 import pytest
 
@@ -35,6 +37,21 @@ def test_interrupted_block_leaves_nothing(tmp_path):
         with atomic_path(tmp_path / "map.h5") as path:
             path.write_text("half")
             raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == []
+
+
+def test_interrupt_leaves_nothing_while_the_file_is_made(tmp_path, monkeypatch):
+    make = tempfile.mkstemp
+
+    def interrupted(*args, **kwargs):
+        made = make(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGINT)
+        return made
+
+    monkeypatch.setattr(tempfile, "mkstemp", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        with atomic_path(tmp_path / "map.h5"):
+            pass
     assert os.listdir(tmp_path) == []
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -7,8 +8,10 @@ import time
 
 import pytest
 
+from dials_diffuse.util import parallel
 from dials_diffuse.util.command import ends_by_signal
-from dials_diffuse.util.parallel import FORK, DeferredSignals, forked_results
+from dials_diffuse.util.parallel import FORK, forked_results
+from dials_diffuse.util.signals import DeferredSignals
 
 
 def square(x: float, seconds: float = 0.0) -> tuple[float, int]:
@@ -76,23 +79,19 @@ def test_signal_takes_effect_where_a_result_is_waited_for(number):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_deferred_signals_take_effect_late():
-    with pytest.raises(KeyboardInterrupt):
-        with DeferredSignals():
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_signal_is_not_lost_by_the_search_for_libraries(monkeypatch, nproc):
+    """Which runs as a call from C: what is raised there goes no farther."""
+
+    def search(*args, **kwargs) -> contextlib.nullcontext:
+        with contextlib.suppress(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-            reached = True
-    assert reached
-    with DeferredSignals() as signals:
-        signals.check()
-        os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            signals.check()
+        return contextlib.nullcontext()
 
-
-def test_an_error_is_not_hidden_by_a_signal():
-    with pytest.raises(ValueError, match="first"), DeferredSignals():
-        os.kill(os.getpid(), signal.SIGINT)
-        raise ValueError("first")
+    monkeypatch.setattr(parallel, "threadpool_limits", search)
+    with pytest.raises(KeyboardInterrupt):
+        with forked_results(square, [(1,), (2,)], nproc):
+            pass
 
 
 def test_process_that_inherits_deferred_signals_ends():

@@ -1,0 +1,81 @@
+"""The log of which crystals were reindexed."""
+
+from __future__ import annotations
+
+import logging
+from typing import Sequence
+
+import numpy as np
+
+from dials.util import tabulate
+from dials_diffuse.extraction.reindexing import SURE, Indexing
+
+logger = logging.getLogger("dials.diffuse.extract")
+
+MAX_ROWS = 20
+
+
+def shortened(numbers: Sequence[int], n: int = 10) -> str:
+    """Numbers joined by commas, the first few only if there are many."""
+    text = ", ".join(map(str, numbers[:n]))
+    return text + (", ..." if len(numbers) > n else "")
+
+
+def log_indexing(indexing: Indexing) -> None:
+    """Log the settings and what was done about them, with a table of the crystals."""
+    if indexing.untold:
+        logger.info(
+            "The Bragg peaks of %d crystals do not tell the indexing settings related "
+            "by %s apart: the spots are too weak, or this is a symmetry of the crystals",
+            len(indexing.units),
+            "; ".join(map(str, indexing.untold)),
+        )
+    if not indexing.is_telling:
+        return
+    counts = np.bincount(indexing.choice, minlength=len(indexing.operators))
+    logger.info(
+        "Indexing settings of %d crystals, by their Bragg peaks (evidence %.1f standard "
+        "deviations on average): %s",
+        len(indexing.units),
+        indexing.evidence.mean(),
+        ", ".join(f"{n} by {op}" for n, op in zip(counts, indexing.operators)),
+    )
+    _log_table(indexing)
+    if indexing.reindexed:
+        logger.info(
+            "Reindexed %d experiments to the setting of the others",
+            len(indexing.reindexed),
+        )
+    if indexing.ambiguous:
+        logger.warning(
+            "Warning: the setting of %d experiments is in doubt (less than %g standard "
+            "deviations): %s. They are %s",
+            len(indexing.ambiguous),
+            SURE,
+            shortened(indexing.ambiguous),
+            {
+                "keep": "kept as they are; see indexing.in_doubt",
+                "best": "reindexed as seems best",
+                "leave_out": "left out",
+            }[indexing.in_doubt],
+        )
+
+
+def _log_table(indexing: Indexing) -> None:
+    """The crystals, or the first few of them; all are in the debug log."""
+    rows = [
+        (shortened(unit, 3), int(n), str(indexing.operators[choice]), evidence, applied)
+        for unit, n, choice, evidence, applied in zip(
+            indexing.units,
+            indexing.n_contrasts,
+            indexing.choice,
+            indexing.evidence,
+            (str(indexing.operators[i]) for i in indexing.applied),
+        )
+    ]
+    header = ("experiment", "reflections", "best setting", "evidence", "applied")
+    table = tabulate(rows[:MAX_ROWS], header, floatfmt=".1f")
+    logger.info(table)
+    if len(rows) > MAX_ROWS:
+        logger.info("(%d more)", len(rows) - MAX_ROWS)
+        logger.debug(tabulate(rows, header, floatfmt=".1f"))
