@@ -26,27 +26,30 @@ Examples::
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 from typing import Any, Sequence
 
+import h5py
+
 import libtbx.phil
 from dxtbx.model.experiment_list import ExperimentList
-from libtbx.utils import Sorry
 
 import dials.util
 from dials.util.options import ArgumentParser
 from dials_diffuse.extraction.extract import extract
-from dials_diffuse.extraction.reference import make_grid
+from dials_diffuse.extraction.prepare import Prepared, prepare
+from dials_diffuse.extraction.reindexing import select_experiments
 from dials_diffuse.extraction.report import (
     log_bragg,
     log_crystals,
-    log_geometry,
     log_grid,
     log_rotation,
 )
 from dials_diffuse.extraction.settings import ExtractionSettings
 from dials_diffuse.extraction.tables import check_masks
+from dials_diffuse.io.background import BackgroundFile, check_images
 from dials_diffuse.io.bragg import write_bragg
 from dials_diffuse.io.inputs import (
     load_experiments,
@@ -54,12 +57,12 @@ from dials_diffuse.io.inputs import (
     read_mask,
     with_crystals,
 )
+from dials_diffuse.io.masks import masks_of_experiments
 from dials_diffuse.util.command import (
-    ends_by_signal,
+    errors_in_one_line,
     load_phil,
+    logged_work,
     parse_arguments,
-    report_changes,
-    start_log,
 )
 from dials_diffuse.util.files import atomic_path
 
@@ -92,13 +95,13 @@ def check_output(params: Any, inputs: Sequence[str]) -> None:
 def write_output(
     params: Any,
     phil: str,
-    experiments: ExperimentList,
-    settings: ExtractionSettings,
+    prepared: Prepared,
     inputs: list[str],
 ) -> None:
     """Extract, and write the table and its experiment list once both are complete."""
     expt_name, refl_name = params.output.experiments, params.output.reflections
-    grid = make_grid(experiments, settings)
+    experiments, grid = prepared.experiments, prepared.grid
+    settings = prepared.settings
     settings.bragg.check_coverage(grid.cell, grid.rotations)
     log_grid(grid)
     log_bragg(settings.bragg)
@@ -107,7 +110,9 @@ def write_output(
     with contextlib.ExitStack() as stack:
         table, expt = map(stack.enter_context, map(atomic_path, (refl_name, expt_name)))
         experiments.as_file(expt)  # first: a name that will not do shows at once
-        found = extract(experiments, grid, settings, table, phil=phil, inputs=inputs)
+        found = extract(
+            experiments, grid, settings, table, phil, inputs, prepared.rejected
+        )
         has_peaks = len(found.peaks.hkl) > 0 and params.output.bragg
         if has_peaks:
             bragg = stack.enter_context(atomic_path(params.output.bragg))
@@ -122,6 +127,31 @@ def write_output(
         )
 
 
+def with_files(
+    settings: ExtractionSettings, params: Any, experiments: ExperimentList
+) -> ExtractionSettings:
+    """The settings with the mask and the background, checked against the experiments.
+
+    Raises:
+        ValueError: A file cannot be read, or belongs to other images.
+    """
+    if params.background is not None:
+        with BackgroundFile(params.background) as background:
+            background.check_corrections(settings.corrections)
+            check_images(background, experiments)
+    if params.mask is None:
+        return settings
+    if not h5py.is_hdf5(params.mask):
+        mask = read_mask(params.mask)
+        for detector in experiments.detectors():
+            check_masks(detector, mask, params.mask)
+        return dataclasses.replace(settings, mask=mask)
+    masks = masks_of_experiments(params.mask, experiments)
+    for experiment in experiments:
+        check_masks(experiment.detector, masks[experiment.identifier], params.mask)
+    return dataclasses.replace(settings, masks=masks)
+
+
 def process(params: Any, phil: str) -> None:
     """Read the input, extract, write the output."""
     names = [item.filename for item in params.input.experiments]
@@ -130,15 +160,13 @@ def process(params: Any, phil: str) -> None:
     all_experiments = load_experiments(params.input.experiments)
     reflections = load_reflections(params.input.reflections, all_experiments)
     experiments = with_crystals(all_experiments, names)
-    mask = None
-    if params.mask is not None:
-        mask = read_mask(params.mask)
-        for detector in experiments.detectors():
-            check_masks(detector, mask, params.mask)
-    settings = ExtractionSettings.from_phil(params, mask)
+    settings = ExtractionSettings.from_phil(params)
+    settings = with_files(settings, params, experiments)
     if reflections is not None:
-        log_geometry(all_experiments, reflections)
-    write_output(params, phil, experiments, settings, inputs)
+        kept = [i for i, e in enumerate(all_experiments) if e.crystal is not None]
+        reflections = select_experiments(reflections, kept)
+    prepared = prepare(experiments, reflections, settings)
+    write_output(params, phil, prepared, inputs)
 
 
 def make_parser(phil: libtbx.phil.scope = phil_scope) -> ArgumentParser:
@@ -164,19 +192,15 @@ def run(
         phil: The PHIL scope.
     """
     parser = make_parser(phil)
-    try:
+    with errors_in_one_line():
         params, options, files = parse_arguments(parser, args)
-        start_log(params, options)
-        report_changes(parser)
         if files:
             raise ValueError(
                 f"{files[0]} is an HDF5 file, the output of a later stage: give the "
                 ".expt and .refl of dials.index, dials.refine or dials.integrate"
             )
-        with ends_by_signal():
+        with logged_work(parser, params, options):
             process(params, parser.phil.as_str())
-    except ValueError as e:
-        raise Sorry(e) from None
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ def make_frame(
     growth: float = 0.0,
     sweep: sqr | Sequence[float] | None = None,
     spread: bool = False,
+    growth_radial: float = 0.0,
+    radial: float = 0.0,
 ) -> Frame: ...
 
 class ImageExtras:

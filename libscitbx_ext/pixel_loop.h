@@ -113,11 +113,15 @@ struct Frame {
   float s2_min, s2_max;  // limits of |rlp|^2, 1/Angstrom^2
   float inv_ndiv[3];
   bool exclude;  // leave out pixels near Bragg positions
-  /* Exclusion ellipsoid g(dh, dh) < 1 + growth |rlp|^2 with dh = h/ndiv - nearest integer
-   * anywhere within the width of the image; symmetric matrix as g11, g22, g33, g12, g13,
-   * g23. */
+  /* Exclusion region with dh = h/ndiv - nearest integer anywhere within the width of the
+   * image, s = |rlp|:
+   *
+   *     g(dh, dh) + radial g(dh, h)^2 / (1 + growth_radial s^2) < 1 + growth s^2
+   *
+   * an ellipsoid that grows with s, less along the scattering vector than across if
+   * `radial` is not 0. Symmetric matrix as g11, g22, g33, g12, g13, g23. */
   float g[6];
-  float growth;  // Angstrom^2
+  float growth, growth_radial, radial;  // Angstrom^2
   double z;      // frame number of the centre of the image
 };
 
@@ -243,7 +247,7 @@ DIALS_DIFFUSE_INLINE int floor_to_int(float x) {
  *     g(d(t), d(t)) = g(d, d) + 2 t g(d, v) + t^2 g(v, v)
  *
  * is least at t = -g(d, v) / g(v, v), or at an end of the image. */
-template <bool Sweeps>
+template <bool Sweeps, bool Radial>
 DIALS_DIFFUSE_INLINE bool near_point(const Frame &f,
                                      float h,
                                      float k,
@@ -269,11 +273,21 @@ DIALS_DIFFUSE_INLINE bool near_point(const Frame &f,
     float vv = u * gu + v * gv + w * gw + 1e-20f;
     float t = std::min(std::max(-dv / vv, f.t_min), f.t_max);
     distance += t * (2.0f * dv + t * vv);
+    a += t * u;
+    b += t * v;
+    c += t * w;
+  }
+  if (Radial) {
+    float x = h * f.inv_ndiv[0], y = k * f.inv_ndiv[1], z = l * f.inv_ndiv[2];
+    float along = a * (f.g[0] * x + f.g[3] * y + f.g[4] * z)
+                  + b * (f.g[3] * x + f.g[1] * y + f.g[5] * z)
+                  + c * (f.g[4] * x + f.g[5] * y + f.g[2] * z);
+    distance += f.radial * along * along / (1.0f + f.growth_radial * s2);
   }
   return distance < 1.0f + f.growth * s2;
 }
 
-template <bool Exclude, bool Sweeps>
+template <bool Exclude, bool Sweeps, bool Radial>
 DIALS_DIFFUSE_INLINE void voxels_of_pixels(const Frame &frame,
                                            const Box &box,
                                            const float *ex,
@@ -300,7 +314,7 @@ DIALS_DIFFUSE_INLINE void voxels_of_pixels(const Frame &frame,
     int brick = ((ih >> 2) * bricks_k + (ik >> 2)) * bricks_l + (il >> 2);
     int place = brick << 6 | (ih & 3) << 4 | (ik & 3) << 2 | (il & 3);
     if (Exclude) {
-      bool near = near_point<Sweeps>(f, h, k, l, rx, ry, rz, s2);
+      bool near = near_point<Sweeps, Radial>(f, h, k, l, rx, ry, rz, s2);
       place = near ? -2 - place : place;
     }
     out[i] = inside ? place : NOWHERE;
@@ -317,11 +331,15 @@ DIALS_DIFFUSE_CLONES inline void voxel_places(const Frame &frame,
                                               int n,
                                               int *out) {
   if (!frame.exclude)
-    voxels_of_pixels<false, false>(frame, box, ex, ey, ez, n, out);
+    voxels_of_pixels<false, false, false>(frame, box, ex, ey, ez, n, out);
+  else if (!frame.sweeps && frame.radial == 0)
+    voxels_of_pixels<true, false, false>(frame, box, ex, ey, ez, n, out);
   else if (!frame.sweeps)
-    voxels_of_pixels<true, false>(frame, box, ex, ey, ez, n, out);
+    voxels_of_pixels<true, false, true>(frame, box, ex, ey, ez, n, out);
+  else if (frame.radial == 0)
+    voxels_of_pixels<true, true, false>(frame, box, ex, ey, ez, n, out);
   else
-    voxels_of_pixels<true, true>(frame, box, ex, ey, ez, n, out);
+    voxels_of_pixels<true, true, true>(frame, box, ex, ey, ez, n, out);
 }
 
 /* Where a run of pixels near a lattice point belongs: to the point, or nowhere if peaks
@@ -554,6 +572,13 @@ DIALS_DIFFUSE_CLONES inline void add_grid(const Background &background,
   }
 }
 
+/* Leaves out the pixels of a row where the background was not measured */
+inline void drop_unmeasured(const Background &b, std::size_t at, int n, int *places) {
+  if (!b.base) return;
+  for (int i = 0; i < n; ++i)
+    places[i] = b.base[at + i] == b.base[at + i] ? places[i] : NOWHERE;
+}
+
 /* Scratch space for one row of n pixels */
 template <typename T>
 struct Row {
@@ -715,6 +740,7 @@ void add_rows(const PanelView &p,
       if (extras) {
         drop_others(extras->others, p, all, row, scratch, places);
         extras->rectangles.apply(all, row, n, places);
+        drop_unmeasured(extras->background, at, n, places);
       }
       add_up(data, places, n, r.values);
       const bool background = extras && extras->background.any();

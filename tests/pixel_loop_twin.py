@@ -78,6 +78,8 @@ class FrameInput:
         growth=0.0,
         degrees=0.0,
         spread=False,
+        growth_radial=0.0,
+        radial=0.0,
     ):
         b = np.array(CELL.fractionalization_matrix()).reshape(3, 3).T
         u = Rotation.from_euler("xyz", [20 + z, -35, 50], True).as_matrix()
@@ -88,6 +90,7 @@ class FrameInput:
         self.exclusion = EXCLUSIONS[exclusion]
         self.s_min, self.s_max = s_min, s_max
         self.growth, self.spread = growth, spread
+        self.growth_radial, self.radial = growth_radial, radial
         axis = np.array([0.6, 0.64, 0.48]) * np.radians(degrees) / 2
         turn = [Rotation.from_rotvec(x).as_matrix() for x in (-axis, axis)]
         self.sweep = self.w @ (turn[0] - turn[1])
@@ -106,6 +109,8 @@ class FrameInput:
             growth=self.growth,
             sweep=tuple(self.sweep.ravel()) if self.sweeps else None,
             spread=self.spread,
+            growth_radial=self.growth_radial,
+            radial=self.radial,
         )
 
     def shift_of_rows(self):
@@ -146,18 +151,23 @@ class Twin:
         self.point = np.floor(hkl + 0.5).astype(int)
         self.near = np.zeros(s.shape, dtype=bool)
         if frame.exclusion is not None:
-            self.exclude(frame, hkl - self.point, change, shift, s)
+            self.exclude(frame, hkl, change, shift, s)
 
-    def exclude(self, frame, dh, change, shift, s):
-        """The least distance by trying many angles, and by any other way no less."""
+    def exclude(self, frame, hkl, change, shift, s):
+        """The least distance by trying many angles; there the radial term is taken."""
+        dh = hkl - self.point
         g11, g22, g33, g12, g13, g23 = frame.exclusion
         g = np.array([[g11, g12, g13], [g12, g22, g23], [g13, g23, g33]])
         v = change / np.array(NDIV)[:, None, None]
-        distance = np.full(s.shape, np.inf)
+        distance, along = np.full(s.shape, np.inf), np.zeros(s.shape)
         for t in np.linspace(-0.5, 0.5, 1001):
             d = dh + (t - shift) * v
             q = np.einsum("iyx,ij,jyx->yx", d, g, d)
+            along = np.where(
+                q < distance, np.einsum("iyx,ij,jyx->yx", d, g, hkl), along
+            )
             distance = np.minimum(distance, q)
+        distance += frame.radial * along**2 / (1 + frame.growth_radial * s**2)
         limit = 1 + frame.growth * s**2
         self.near = distance < limit
         self.sure &= np.abs(distance - limit) > MARGIN

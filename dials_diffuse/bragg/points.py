@@ -55,6 +55,15 @@ class PointGrid:
         place = np.unravel_index(np.asarray(key) - self.n_voxels, self.shape)
         return (np.stack(place, axis=-1) - self.half_size).astype(np.int32)
 
+    def s(self, key: np.ndarray) -> np.ndarray:
+        """s = 1/d of voxel centres and points by their keys, 1/Å, shape (n,)."""
+        key = np.asarray(key)
+        is_point = key >= self.n_voxels
+        index = np.empty((len(key), 3), dtype=np.int32)
+        index[~is_point] = self.grid.index(key[~is_point])
+        index[is_point] = self.hkl(key[is_point]) * np.array(self.grid.ndiv)
+        return self.grid.s(index)
+
     def nearest(self, index: np.ndarray) -> np.ndarray:
         """Miller indices of the lattice point nearest to the centre of each voxel.
 

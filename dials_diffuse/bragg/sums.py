@@ -37,7 +37,7 @@ from dxtbx.model.experiment_list import ExperimentList
 
 from dials_diffuse import corrections
 from dials_diffuse.bragg.points import PointGrid
-from dials_diffuse.extraction.settings import BraggSettings, symmetric
+from dials_diffuse.extraction.settings import ExtractionSettings, symmetric
 from dials_diffuse.geometry.directions import pixel_to_millimeter
 from dials_diffuse.geometry.orientation import frame_model
 from dials_diffuse.grid import Grid
@@ -157,7 +157,10 @@ def swept_volume(
 
 
 def peak_intensities(
-    rows: np.ndarray, experiments: ExperimentList, grid: Grid, bragg: BraggSettings
+    rows: np.ndarray,
+    experiments: ExperimentList,
+    grid: Grid,
+    settings: ExtractionSettings,
 ) -> PeakIntensities:
     """|F|² of every peak from the sums of its pixels.
 
@@ -166,7 +169,7 @@ def peak_intensities(
             blocks of an experiment need not be adjacent.
         experiments: The experiments that the ids of the rows count.
         grid: The voxel grid.
-        bragg: The exclusion region.
+        settings: The settings of extraction, for the exclusion region.
     """
     points = PointGrid(grid)
     rows = rows[np.isfinite(rows["background"]) & (rows["n_pixels"] > 0)]
@@ -179,7 +182,10 @@ def peak_intensities(
     for number, experiment in enumerate(experiments):
         mine = rows["id"] == number
         if experiment.is_still():
-            volume = bragg.volume(experiment.crystal.get_unit_cell(), grid, hkl[mine])
+            region = settings.region(experiment, grid)
+            if region is None or not mine.any():
+                continue
+            volume = region.volume(experiment.crystal.get_unit_cell(), hkl[mine])
             factor[mine] = volume / rows["normalisation"][mine]
             weight[mine] = rows["normalisation"][mine]
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Iterator
+from typing import Collection, Iterator
 
 from dxtbx.imageset import ImageSequence
 from dxtbx.model import Experiment
@@ -67,38 +67,58 @@ def exposure_times(experiment: Experiment) -> list[float]:
     return [time if time > 0 else 1.0 for time in times]
 
 
+def images_of(experiment: Experiment) -> range:
+    """Array indices of an experiment's images; 0 for a still without a scan."""
+    return range(*experiment.scan.get_array_range()) if experiment.scan else range(1)
+
+
 def experiment_blocks(
-    number: int, experiment: Experiment, block_width: float
+    number: int,
+    experiment: Experiment,
+    block_width: float,
+    rejected: Collection[tuple[int, int]] = (),
 ) -> Iterator[Block]:
     """The blocks of an experiment, in the order of its images.
 
-    A block also ends where the exposure time changes.
+    A block also ends where the exposure time changes, or at an image that is left out.
 
     Args:
         number: Number of the experiment in its list.
         experiment: The experiment.
         block_width: Width of a block in degrees, rounded to whole images, at least one.
+        rejected: Experiment and array index of images to leave out.
     """
     scan = experiment.scan
-    first = scan.get_array_range()[0] if scan else 0
+    first = images_of(experiment).start
     size = 1
     if not experiment.is_still():
         size = max(1, round(block_width / abs(scan.get_oscillation()[1])))
     times = exposure_times(experiment)
     start = 0
     for stop in range(1, len(times) + 1):
+        if (number, first + stop - 1) in rejected:
+            if stop - 1 > start:
+                yield Block(
+                    number, range(first + start, first + stop - 1), times[start]
+                )
+            start = stop
+            continue
         full = stop - start == size
         if stop == len(times) or full or times[stop] != times[start]:
             yield Block(number, range(first + start, first + stop), times[start])
             start = stop
 
 
-def make_blocks(experiments: ExperimentList, block_width: float) -> list[Block]:
-    """The blocks of all experiments, in their order."""
+def make_blocks(
+    experiments: ExperimentList,
+    block_width: float,
+    rejected: Collection[tuple[int, int]] = (),
+) -> list[Block]:
+    """The blocks of all experiments, in their order; see ``experiment_blocks``."""
     return [
         block
         for number, experiment in enumerate(experiments)
-        for block in experiment_blocks(number, experiment, block_width)
+        for block in experiment_blocks(number, experiment, block_width, rejected)
     ]
 
 
@@ -107,7 +127,6 @@ def missing_images(experiments: ExperimentList) -> list[str]:
     paths = []
     for experiment in experiments:
         imageset = experiment.imageset
-        first, last = experiment.scan.get_array_range() if experiment.scan else (0, 1)
-        for array_index in range(first, last):
+        for array_index in images_of(experiment):
             paths.append(imageset.get_path(image_number(experiment, array_index)))
     return [path for path in dict.fromkeys(paths) if not os.path.isfile(path)]

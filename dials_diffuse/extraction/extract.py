@@ -10,7 +10,7 @@ import multiprocessing.synchronize
 import os
 import tempfile
 from pathlib import Path
-from typing import Iterator, NamedTuple, Sequence
+from typing import Collection, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
@@ -20,16 +20,10 @@ import dials_diffuse_ext as ext
 from dials_diffuse.bragg.points import PointGrid
 from dials_diffuse.bragg.sums import PeakIntensities, peak_intensities
 from dials_diffuse.extraction.blocks import Block, make_blocks
+from dials_diffuse.extraction.extras import ImageExtrasSource
 from dials_diffuse.extraction.loop import accumulate_block
-from dials_diffuse.extraction.report import log_settings
 from dials_diffuse.extraction.runs import merge_runs, write_runs
 from dials_diffuse.extraction.settings import ExtractionSettings
-from dials_diffuse.extraction.settings_check import (
-    Contrasts,
-    bragg_contrasts,
-    check_settings,
-    stills_to_compare,
-)
 from dials_diffuse.extraction.tables import (
     PanelTable,
     TableKey,
@@ -54,7 +48,7 @@ class Job:
         keys: Which detector arrays each experiment needs.
         first: The first experiment of each key.
         n_threads: Threads of each worker.
-        compared: Experiments whose indexing settings are compared.
+        extras: What else is known of the images.
         stop: Set when the results are no longer wanted.
     """
 
@@ -66,20 +60,19 @@ class Job:
     settings: ExtractionSettings
     folder: Path
     n_threads: int
-    compared: frozenset[int]
+    extras: ImageExtrasSource
     stop: multiprocessing.synchronize.Event
 
 
 @dataclasses.dataclass
 class TaskResult:
-    """What a worker did: the runs it wrote, counts for the log, Bragg contrasts."""
+    """What a worker did: the runs it wrote, and counts for the log."""
 
     paths: list[Path] = dataclasses.field(default_factory=list)
     n_images: int = 0
     n_pixels: int = 0
     counts: float = 0.0
     background: float = 0.0
-    contrasts: dict[int, Contrasts] = dataclasses.field(default_factory=dict)
 
 
 class Extracted(NamedTuple):
@@ -117,6 +110,9 @@ def _blocks_of_task(
         if _job.stop.is_set():
             return
         experiment = _job.experiments[block.experiment]
+        extras = None
+        if _job.extras.any(block.experiment):
+            extras = _job.extras.of_block(block)
         tables = _tables(_job.keys[block.experiment])
         rows = accumulate_block(
             block,
@@ -126,16 +122,13 @@ def _blocks_of_task(
             _job.grid,
             _job.settings,
             _job.n_threads,
+            extras,
         )
         result.n_images += len(block)
         diffuse = rows[rows["key"] < n_voxels]
         result.n_pixels += int(diffuse["n_pixels"].sum())
         result.counts += float(diffuse["counts"].sum())
         result.background += float(diffuse["background"].sum())
-        if block.experiment in _job.compared:
-            result.contrasts[block.experiment] = bragg_contrasts(
-                block, experiment, tables, _job.grid, _job.settings
-            )
         yield rows
 
 
@@ -188,6 +181,7 @@ def extract(
     path: str | os.PathLike,
     phil: str = "",
     inputs: list[str] | None = None,
+    rejected: Collection[tuple[int, int]] = (),
 ) -> Extracted:
     """Extract voxel observations from images to a file.
 
@@ -199,6 +193,7 @@ def extract(
             of ``atomic_path``: sorted parts are kept in a folder beside it meanwhile.
         phil: The PHIL parameters, for the record.
         inputs: Names of the input files, for the record.
+        rejected: Experiment and array index of images to leave out.
 
     Returns:
         The number of observations, and the Bragg intensities of the peaks left out.
@@ -208,22 +203,19 @@ def extract(
     """
     path = Path(path)
     with enter_whole(lambda: _folder_beside(path)) as folder:
-        job, n_processes = make_job(experiments, grid, settings, Path(folder))
+        job, n_processes = make_job(experiments, grid, settings, Path(folder), rejected)
         results = _run_tasks(job, n_processes)
         identifiers = {i: e.identifier for i, e in enumerate(experiments)}
         with ObservationWriter(path, grid, identifiers, phil, inputs) as writer:
             paths = [path for result in results for path in result.paths]
             n_beyond, peaks = merge_runs(paths, grid, writer)
     _report(results, len(job.blocks), writer.n_rows, n_beyond)
-    log_settings(
-        check_settings({k: v for r in results for k, v in r.contrasts.items()}, grid)
-    )
     if writer.n_rows == 0:
         raise ValueError(
             "No pixel is left: check the mask, the trusted range, the resolution "
             "limits and bragg.semi_axes"
         )
-    intensities = peak_intensities(peaks, experiments, grid, settings.bragg)
+    intensities = peak_intensities(peaks, experiments, grid, settings)
     return Extracted(writer.n_rows, intensities)
 
 
@@ -234,14 +226,18 @@ def _folder_beside(path: Path) -> tempfile.TemporaryDirectory:
 
 
 def make_job(
-    experiments: ExperimentList, grid: Grid, settings: ExtractionSettings, folder: Path
+    experiments: ExperimentList,
+    grid: Grid,
+    settings: ExtractionSettings,
+    folder: Path,
+    rejected: Collection[tuple[int, int]] = (),
 ) -> tuple[Job, int]:
     """The job and the number of processes for it.
 
     Processes that would have no block become threads.
     """
     keys = table_keys(experiments)
-    blocks = make_blocks(experiments, settings.block_width)
+    blocks = make_blocks(experiments, settings.block_width, rejected)
     n_processes = min(settings.nproc, len(blocks))
     job = Job(
         experiments=experiments,
@@ -252,7 +248,7 @@ def make_job(
         settings=settings,
         folder=folder,
         n_threads=max(1, settings.nproc // n_processes),
-        compared=stills_to_compare(experiments, grid),
+        extras=ImageExtrasSource(experiments, grid, settings),
         stop=FORK.Event(),
     )
     return job, n_processes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from typing import TYPE_CHECKING, Sequence
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from dials_diffuse.extraction.settings import ExtractionSettings
 from dials_diffuse.extraction.tables import PanelTable
 from dials_diffuse.geometry.orientation import FrameModel, frame_model, inverse
 from dials_diffuse.grid import Grid
+
+if TYPE_CHECKING:
+    from dials_diffuse.extraction.extras import BlockExtras
 
 WIDE_IMAGE = 1.0  # voxels: from there on the middles of images leave voxels out
 
@@ -49,6 +52,7 @@ def loop_frame(
     model: FrameModel, experiment: Experiment, grid: Grid, settings: ExtractionSettings
 ) -> ext.Frame:
     """What the pixel loop needs to know of one image."""
+    region = settings.region(experiment, grid)
     ndiv = np.array(grid.ndiv)[:, None]
     w = ndiv * inverse(model.setting)
     sweep = ndiv * model.sweep()
@@ -59,11 +63,11 @@ def loop_frame(
         s_min=1.0 / grid.d_max if grid.d_max else 0.0,
         s_max=1.0 / grid.d_min,
         ndiv=tuple(map(float, grid.ndiv)),
-        exclusion=settings.bragg.metric(
-            experiment.crystal.get_unit_cell(), grid.rotations
-        ),
+        exclusion=region.metric if region else None,
         z=model.z,
-        growth=settings.bragg.growth,
+        growth=region.growth if region else 0.0,
+        growth_radial=region.growth_radial if region else 0.0,
+        radial=region.radial if region else 0.0,
         sweep=tuple(sweep.ravel()) if np.any(sweep) else None,
         spread=is_spread(sweep, grid, settings),
     )
@@ -155,6 +159,7 @@ def accumulate_block(
     grid: Grid,
     settings: ExtractionSettings,
     n_threads: int = 1,
+    extras: BlockExtras | None = None,
 ) -> np.ndarray:
     """The observations of a block.
 
@@ -167,6 +172,7 @@ def accumulate_block(
         grid: The voxel grid.
         settings: The settings of extraction.
         n_threads: Threads of new accumulators.
+        extras: What else is known of the images.
 
     Returns:
         Array of dtype ``SUMS``, ordered by panel and voxel.
@@ -186,14 +192,21 @@ def accumulate_block(
         images = [read_image(experiment, i) for i in indices]
         for number, table in enumerate(tables):
             accumulator = accumulators[number % n_needed]
-            accumulator.add_images(table.panel, frames, [i[number] for i in images])
+            more = None
+            if extras is not None:
+                more = extras.images(indices, number, table, exposure)
+            accumulator.add_images(
+                table.panel, frames, [i[number] for i in images], more
+            )
             if indices is all_batches[-1]:
                 sums = accumulator.finish()
                 parts.append(sum_rows(sums, block.experiment, number, table, exposure))
     rows = np.concatenate(parts)
-    cell = experiment.crystal.get_unit_cell()
-    metric = settings.bragg.metric(cell, grid.rotations)
-    add_surroundings(rows, PointGrid(grid), metric)
+    points = PointGrid(grid)
+    if extras is not None:
+        extras.add_smooth_variance(rows, points.s(rows["key"]))
+    region = settings.region(experiment, grid)
+    add_surroundings(rows, points, region.metric if region else None)
     return rows
 
 

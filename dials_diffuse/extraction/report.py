@@ -1,4 +1,4 @@
-"""What extraction tells the user before it starts: grid, crystals, geometry."""
+"""What extraction tells the user before it starts: grid, crystals, rotation."""
 
 from __future__ import annotations
 
@@ -7,22 +7,14 @@ from typing import Sequence
 
 import numpy as np
 
-from dxtbx import flumpy
 from dxtbx.model.experiment_list import ExperimentList
 
-from dials.array_family import flex
-from dials.util import tabulate
 from dials_diffuse.extraction.reference import crystal_spread
 from dials_diffuse.extraction.settings import BraggSettings
-from dials_diffuse.extraction.settings_check import SettingCheck
-from dials_diffuse.geometry.validation import index_residuals
 from dials_diffuse.grid import Grid
 
 logger = logging.getLogger("dials.diffuse.extract")
 
-# An indexed spot farther than this from its Bragg position, in fractional indices, is
-# not the spot of that index.
-MAX_RESIDUAL = 0.3
 # Crystals that differ by more than half a voxel blur each other's map.
 MAX_SPREAD = 0.5
 
@@ -37,6 +29,8 @@ def log_bragg(bragg: BraggSettings) -> None:
     if bragg.exclusion == "none":
         logger.info("Bragg exclusion: none, all pixels are kept")
         return
+    if bragg.exclusion != "ellipsoid":
+        return  # logged when it was found
     unit = "1/Å" if bragg.unit == "inverse_angstrom" else "reciprocal cells"
     logger.info("Bragg exclusion: ellipsoid of %g, %g, %g %s", *bragg.semi_axes, unit)
 
@@ -97,88 +91,10 @@ def log_rotation(experiments: ExperimentList, grid: Grid) -> None:
     voxels = np.radians(width) / grid.d_min * lengths.max()
     if voxels > 1:
         logger.warning(
-            "Warning: images of %g degrees sweep up to %.1f voxels at %.2f Å. Each pixel "
-            "is put where the middle of its image is: the map is smeared along the "
-            "rotation. Use finer images, a smaller ndiv or a larger d_min",
+            "Warning: images of %g degrees sweep up to %.1f voxels at %.2f Å: the map is "
+            "smeared along the rotation. Use finer images, a smaller ndiv or a larger "
+            "d_min",
             width,
             voxels,
             grid.d_min,
         )
-
-
-def log_geometry(
-    experiments: ExperimentList, reflections: flex.reflection_table
-) -> None:
-    """Log where indexed spots fall; warn if they are not at their Bragg positions."""
-    ids = flumpy.to_numpy(reflections["id"])
-    order = np.argsort(ids, kind="stable")
-    starts = np.searchsorted(ids[order], np.arange(len(experiments) + 1))
-    rows, bad = [], []
-    for number, experiment in enumerate(experiments):
-        of_experiment = order[starts[number] : starts[number + 1]].astype(np.uint64)
-        if len(of_experiment) == 0:
-            continue
-        selected = reflections.select(flumpy.from_numpy(of_experiment))
-        residuals = index_residuals(experiment, selected)
-        distance = np.sqrt(np.sum(residuals**2, axis=1))
-        rms = float(np.sqrt(np.mean(distance**2)))
-        rows.append((number, len(selected), rms, float(distance.max())))
-        if rms > MAX_RESIDUAL:
-            bad.append(number)
-    if not rows:
-        logger.warning("Warning: no indexed reflection belongs to the experiments")
-        return
-    logger.info(
-        "Indexed spots against their Bragg positions, |delta hkl|: %d spots, rms %.3f",
-        sum(row[1] for row in rows),
-        np.sqrt(
-            np.average([row[2] ** 2 for row in rows], weights=[r[1] for r in rows])
-        ),
-    )
-    header = ("experiment", "spots", "rms |delta hkl|", "largest")
-    logger.debug(tabulate(rows, header, floatfmt=".3f"))
-    if bad:
-        logger.warning(
-            "Warning: the spots of %d of %d experiments (%s%s) are farther than %.1f "
-            "from their Bragg positions: the models do not describe these images",
-            len(bad),
-            len(rows),
-            ", ".join(map(str, bad[:5])),
-            ", ..." if len(bad) > 5 else "",
-            MAX_RESIDUAL,
-        )
-
-
-def log_settings(checks: list[SettingCheck]) -> None:
-    """Log whether stills are in one indexing setting; warn if they are not."""
-    for check in checks:
-        n, evidence = len(check.numbers), check.evidence
-        if not check.is_telling:
-            logger.info(
-                "Indexing settings related by %s: the Bragg peaks of %d stills do not "
-                "tell (%.1f standard deviations on average)",
-                check.operator,
-                n,
-                evidence.mean(),
-            )
-        elif check.others:
-            logger.warning(
-                "Warning: %d of %d stills compared are in another indexing setting, "
-                "related by %s (%.1f standard deviations on average): experiments %s%s. "
-                "Merging them mixes voxels that are not equivalent: bring them into one "
-                "setting first (dials.cosym, dials.reindex)",
-                len(check.others),
-                n,
-                check.operator,
-                evidence.mean(),
-                ", ".join(map(str, check.others[:10])),
-                ", ..." if len(check.others) > 10 else "",
-            )
-        else:
-            logger.info(
-                "Indexing settings related by %s: all %d stills compared are in the "
-                "same one (%.1f standard deviations on average)",
-                check.operator,
-                n,
-                evidence.mean(),
-            )

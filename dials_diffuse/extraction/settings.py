@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Sequence
+from typing import TYPE_CHECKING, Any, Mapping, Sequence
 
 import numpy as np
 
 from cctbx import uctbx
+from dxtbx.model import Experiment
+from libtbx import Auto
 
 from dials_diffuse.grid import Grid
 from dials_diffuse.util.compat import available_cores
+
+if TYPE_CHECKING:
+    from dials_diffuse.bragg.ellipsoid import Ellipsoid
+    from dials_diffuse.bragg.shoeboxes import Shoeboxes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,17 +46,62 @@ def symmetric(elements: Sequence[float]) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExclusionRegion:
+    """The region about a reciprocal lattice point whose pixels are left out.
+
+        g(dh, dh) + radial g(dh, h)² / (1 + growth_radial s²) < 1 + growth s²
+
+    Attributes:
+        metric: g11, g22, g33, g12, g13, g23, in fractional indices.
+        growth, growth_radial, radial: Å².
+    """
+
+    metric: tuple[float, ...]
+    growth: float = 0.0
+    growth_radial: float = 0.0
+    radial: float = 0.0
+
+    def volume(self, cell: uctbx.unit_cell, hkl: np.ndarray) -> np.ndarray:
+        """Volume about each lattice point, in reciprocal cells.
+
+            v = 4π/3 (1 + growth s²) (1 + growth_radial s²)^{1/2} / √det g
+
+        where the region does not grow along s as it does across (Ellipsoid of
+        ``bragg.ellipsoid``, a sphere at s = 0), else (1 + growth s²)^{3/2}.
+
+        Args:
+            cell: Cell of the crystal.
+            hkl: Miller indices, shape (n, 3).
+        """
+        b = np.array(cell.fractionalization_matrix()).reshape(3, 3)
+        s2 = np.sum((hkl @ b) ** 2, axis=1)
+        across = 1 + self.growth * s2
+        along = 1 + self.growth_radial * s2 if self.radial else across
+        determinant = np.linalg.det(symmetric(self.metric))
+        return 4 / 3 * np.pi * across * np.sqrt(along) / np.sqrt(determinant)
+
+
+@dataclasses.dataclass(frozen=True)
 class BraggSettings:
-    """The ellipsoid about the Bragg positions whose pixels are left out."""
+    """The region about the Bragg positions whose pixels are left out.
+
+    Attributes:
+        exclusion: none, ellipsoid, auto (fitted to the images) or shoebox (spots).
+        semi_axes, unit: Of the ellipsoid, in reciprocal cells or 1/Å.
+        absent: Whether absent reflections are left out too.
+        fraction: Of the Bragg intensity that lies inside the fitted ellipsoid.
+        margin: Pixels by which shoeboxes are enlarged.
+    """
 
     exclusion: str = "ellipsoid"
     semi_axes: tuple[float, float, float] = (0.25, 0.25, 0.25)
     unit: str = "hkl"
-    growth: float = 0.0
     absent: bool = False
+    fraction: float = 0.999
+    margin: int = 0
 
     def __post_init__(self) -> None:
-        if self.exclusion == "none":
+        if self.exclusion != "ellipsoid":
             return
         if min(self.semi_axes) <= 0:
             raise ValueError(
@@ -74,9 +125,9 @@ class BraggSettings:
             rotations: Rotation parts of the Laue group, shape (n, 3, 3), h' = h R.
 
         Returns:
-            g11, g22, g33, g12, g13, g23, or None to exclude nothing.
+            g11, g22, g33, g12, g13, g23, or None where there is no such ellipsoid.
         """
-        if self.exclusion == "none":
+        if self.exclusion != "ellipsoid":
             return None
         reciprocal = cell.reciprocal().parameters()
         r = np.array(self.semi_axes)
@@ -94,24 +145,6 @@ class BraggSettings:
             axis=0,
         )
         return g[0, 0], g[1, 1], g[2, 2], g[0, 1], g[0, 2], g[1, 2]
-
-    def volume(self, cell: uctbx.unit_cell, grid: Grid, hkl: np.ndarray) -> np.ndarray:
-        """Volume of the region around each lattice point, in reciprocal cells.
-
-            v = 4π/3 (1 + growth s²)^{3/2} / √det g
-
-        Args:
-            cell: Cell of the crystal.
-            grid: The voxel grid, for its Laue group.
-            hkl: Miller indices, shape (n, 3).
-        """
-        metric = self.metric(cell, grid.rotations)
-        if metric is None:
-            return np.zeros(len(hkl))
-        determinant = np.linalg.det(symmetric(metric))
-        b = np.array(cell.fractionalization_matrix()).reshape(3, 3)
-        s2 = np.sum((hkl @ b) ** 2, axis=1)
-        return 4 / 3 * np.pi * (1 + self.growth * s2) ** 1.5 / np.sqrt(determinant)
 
     def check_coverage(self, cell: uctbx.unit_cell, rotations: np.ndarray) -> None:
         """Check that the ellipsoids leave something of each reciprocal cell.
@@ -138,6 +171,22 @@ class BraggSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class IndexingSettings:
+    """Whether crystals are brought into one indexing setting, and what if in doubt."""
+
+    consistent: str = "auto"
+    in_doubt: str = "keep"
+
+
+@dataclasses.dataclass(frozen=True)
+class GeometrySettings:
+    """Which images are far from their models, and whether they are left out."""
+
+    reject_images: bool = False
+    tolerance: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class ExtractionSettings:
     """Everything that decides what ``extract`` makes of a set of experiments.
 
@@ -150,6 +199,10 @@ class ExtractionSettings:
         phi_sampling: ``middle`` indexes all pixels of an image at the middle of its
             rotation, ``spread`` its rows at angles spread over it; ``auto`` decides.
         mask: Mask of each panel, True for good pixels, or None.
+        masks: The same for each experiment, by its identifier.
+        background: Path of the output of dials.diffuse_background, or None.
+        ellipsoids: Fitted regions of Bragg peaks, by the identifier of the experiment.
+        shoeboxes: Pixels of spots.
         gain: Detector units per photon, or None for the panels' own.
         trusted_range: Smallest and largest value to use, or None for the panels' own.
         nproc: Number of processes.
@@ -164,7 +217,13 @@ class ExtractionSettings:
     phi_sampling: str = "auto"
     bragg: BraggSettings = BraggSettings()
     corrections: CorrectionSettings = CorrectionSettings()
+    indexing: IndexingSettings = IndexingSettings()
+    geometry: GeometrySettings = GeometrySettings()
     mask: tuple[np.ndarray, ...] | None = None
+    masks: Mapping[str, tuple[np.ndarray, ...]] | None = None
+    background: str | None = None
+    ellipsoids: Mapping[str, Ellipsoid] | None = None
+    shoeboxes: Shoeboxes | None = None
     gain: float | None = None
     trusted_range: tuple[float, float] | None = None
     nproc: int = 1
@@ -177,6 +236,26 @@ class ExtractionSettings:
         low, high = self.trusted_range or (0, 1)
         if not low < high:
             raise ValueError("trusted_range needs the smaller value first")
+
+    def mask_of(self, experiment: Experiment) -> tuple[np.ndarray, ...] | None:
+        """The mask of an experiment's panels, or None."""
+        if self.masks is not None:
+            return self.masks.get(experiment.identifier)
+        return self.mask
+
+    def region(self, experiment: Experiment, grid: Grid) -> ExclusionRegion | None:
+        """The region left out about the lattice points of an experiment, or None."""
+        if self.bragg.exclusion == "auto":
+            if not self.ellipsoids:
+                return None
+            fitted = self.ellipsoids[experiment.identifier]
+            radial = (fitted.growth - fitted.growth_radial) * fitted.radius**2
+            return ExclusionRegion(
+                fitted.metric, fitted.growth, fitted.growth_radial, radial
+            )
+        cell = experiment.crystal.get_unit_cell()
+        metric = self.bragg.metric(cell, grid.rotations)
+        return None if metric is None else ExclusionRegion(metric)
 
     @classmethod
     def from_phil(
@@ -193,13 +272,14 @@ class ExtractionSettings:
             reference_cell=params.grid.reference_cell,
             unit_cell=cell.parameters() if cell else None,
             block_width=params.block_width,
-            phi_sampling=params.phi_sampling,
+            phi_sampling=chosen(params.phi_sampling),
             bragg=BraggSettings(
-                # PHIL reads the word none, in any case, as no choice at all
-                exclusion=params.bragg.exclusion or "none",
+                exclusion=chosen(params.bragg.exclusion),
                 semi_axes=three_of("bragg.semi_axes", params.bragg.semi_axes or [0.25]),
                 unit=params.bragg.unit,
                 absent=params.bragg.absent,
+                fraction=params.bragg.fraction,
+                margin=params.bragg.margin,
             ),
             corrections=CorrectionSettings(
                 polarization=c.polarization,
@@ -212,7 +292,16 @@ class ExtractionSettings:
                 polarization_fraction=c.polarization_fraction,
                 polarization_normal=tuple(normal) if normal else None,
             ),
+            indexing=IndexingSettings(
+                consistent=chosen(params.indexing.consistent),
+                in_doubt=params.indexing.in_doubt,
+            ),
+            geometry=GeometrySettings(
+                reject_images=params.geometry.reject_images,
+                tolerance=number_or_none(params.geometry.tolerance),
+            ),
             mask=mask,
+            background=params.background,
             gain=params.gain,
             trusted_range=(
                 tuple(params.trusted_range) if params.trusted_range else None
@@ -224,6 +313,18 @@ class ExtractionSettings:
 def processes(nproc: Any) -> int:
     """The number of processes that ``mp.nproc`` asks for; Auto is all processors."""
     return nproc if isinstance(nproc, int) else available_cores()
+
+
+def chosen(value: Any) -> str:
+    """A choice. PHIL reads the words none and auto, given by the user, as something else."""
+    if value is Auto:
+        return "auto"
+    return value or "none"
+
+
+def number_or_none(value: Any) -> float | None:
+    """A number, or None for Auto."""
+    return float(value) if isinstance(value, (int, float)) else None
 
 
 def three_of(name: str, values: list | None) -> tuple:

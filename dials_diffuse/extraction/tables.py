@@ -11,6 +11,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import math
 
 import numpy as np
 
@@ -119,14 +120,14 @@ def check_masks(detector: Detector, masks: tuple[np.ndarray, ...], name: str) ->
         )
 
 
-def normalisation(
+def correction_factors(
     panel: Panel,
     beam: Beam,
     position: np.ndarray,
     e: np.ndarray,
     settings: CorrectionSettings,
-) -> np.ndarray:
-    """P · ΔΩ · ε · A_air of pixels; see ``dials_diffuse.corrections``.
+) -> dict[str, np.ndarray]:
+    """The factors of the normalisation of pixels; see ``dials_diffuse.corrections``.
 
     Args:
         panel, beam: The models.
@@ -135,24 +136,56 @@ def normalisation(
         settings: The factors to take in.
 
     Returns:
-        float64 array of shape (n_rows, n_fast).
+        P, ΔΩ (sr), ε and A_air as ``polarization``, ``solid_angle``, ``efficiency`` and
+        ``path``, float64 arrays of shape (n_rows, n_fast); those that are not taken in
+        are missing.
     """
-    result = np.ones(e.shape[1:])
+    factors: dict[str, np.ndarray | float] = {}
     normal = np.array(panel.get_normal())
     if settings.polarization:
         fraction, plane_normal = polarization_of(beam, settings)
-        result *= corrections.polarization(e, beam.get_s0(), plane_normal, fraction)
+        factors["polarization"] = corrections.polarization(
+            e, beam.get_s0(), plane_normal, fraction
+        )
     if settings.solid_angle:
-        result *= corrections.solid_angle(position, normal, panel.get_pixel_size())
+        factors["solid_angle"] = corrections.solid_angle(
+            position, normal, panel.get_pixel_size()
+        )
     if settings.efficiency:
-        result *= corrections.sensor_efficiency(
+        factors["efficiency"] = corrections.sensor_efficiency(
             e, normal, panel.get_mu(), panel.get_thickness()
         )
-    mu = corrections.gas_attenuation(
+    if settings.path != "vacuum":
+        mu = gas_attenuation_of(beam, settings)
+        factors["path"] = corrections.gas_transmission(position, mu)
+    shape = e.shape[1:]
+    return {name: np.broadcast_to(value, shape) for name, value in factors.items()}
+
+
+def gas_attenuation_of(beam: Beam, settings: CorrectionSettings) -> float:
+    """Attenuation coefficient of the gas between sample and detector, 1/mm."""
+    return corrections.gas_attenuation(
         settings.path, beam.get_wavelength(), settings.temperature, settings.pressure
     )
-    result *= corrections.gas_transmission(position, mu)
-    return result
+
+
+def normalisation(
+    panel: Panel,
+    beam: Beam,
+    position: np.ndarray,
+    e: np.ndarray,
+    settings: CorrectionSettings,
+) -> np.ndarray:
+    """P · ΔΩ · ε · A_air of pixels: the product of their ``correction_factors``.
+
+    Args:
+        panel, beam, position, e, settings: As for ``correction_factors``.
+
+    Returns:
+        float64 array of shape (n_rows, n_fast).
+    """
+    factors = correction_factors(panel, beam, position, e, settings)
+    return math.prod(factors.values(), start=np.ones(e.shape[1:]))
 
 
 def polarization_of(
@@ -184,6 +217,24 @@ class PanelArrays:
     weight_unit: float
 
 
+def pixel_vectors(
+    panel: Panel, fast: np.ndarray, slow: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where some pixels are, and in which direction they see the sample.
+
+    Args:
+        panel: The panel.
+        fast, slow: Numbers of the pixels along either axis.
+
+    Returns:
+        Centres, mm, and unit vectors e with parallax, laboratory frame, each of shape
+        (3, len(slow), len(fast)).
+    """
+    position = directions.lab_coordinates(panel, fast, slow, parallax=False)
+    ray = directions.lab_coordinates(panel, fast, slow, parallax=True)
+    return position, ray / corrections.length(ray)
+
+
 def direction_and_normalisation(
     panel: Panel,
     beam: Beam,
@@ -201,9 +252,7 @@ def direction_and_normalisation(
     Returns:
         Array of shape (4, len(slow), len(fast)).
     """
-    position = directions.lab_coordinates(panel, fast, slow, parallax=False)
-    ray = directions.lab_coordinates(panel, fast, slow, parallax=True)
-    e = ray / corrections.length(ray)
+    position, e = pixel_vectors(panel, fast, slow)
     weight = normalisation(panel, beam, position, e, settings)
     return np.concatenate([e, weight[None]])
 
@@ -294,7 +343,9 @@ def detector_tables(
     """What the pixel loop needs of each panel of an experiment's detector."""
     tables = []
     for number, panel in enumerate(experiment.detector):
-        good = good_pixels(panel, number, experiment.imageset, settings.mask)
+        good = good_pixels(
+            panel, number, experiment.imageset, settings.mask_of(experiment)
+        )
         arrays = panel_arrays(
             panel, experiment.beam, good, settings.corrections, n_threads
         )

@@ -22,6 +22,7 @@ from dials_diffuse.extraction.blocks import missing_images
 logger = logging.getLogger("dials.diffuse.extract")
 
 REFLECTION_COLUMNS = ("miller_index", "panel", "xyzobs.px.value")
+SPOT_COLUMNS = ("bbox", "delpsical.rad")  # what tells the size of spots
 
 
 def read_mask(path: str) -> tuple[np.ndarray, ...]:
@@ -179,23 +180,32 @@ def load_reflections(
         experiments: All experiments, those without a crystal too.
 
     Returns:
-        A table with ``id``, ``miller_index``, ``panel`` and ``xyzobs.px.value``, or None
-        if there are no inputs.
+        A table with ``id``, ``miller_index``, ``panel`` and ``xyzobs.px.value``, and those
+        of ``SPOT_COLUMNS`` that all inputs have, or None if there are no inputs.
 
     Raises:
         ValueError: A table is empty, not indexed, or belongs to other experiments.
     """
     if not inputs:
         return None
+    tables = [
+        (item.filename, table)
+        for item in inputs
+        for table in flatten_reflections([item])
+    ]
+    columns = list(REFLECTION_COLUMNS)
+    columns += [c for c in SPOT_COLUMNS if all(c in table for _, table in tables)]
     result = flex.reflection_table()
-    for item in inputs:
-        for table in flatten_reflections([item]):
-            result.extend(_indexed_reflections(item.filename, table, experiments))
+    for name, table in tables:
+        result.extend(_indexed_reflections(name, table, experiments, columns))
     return result
 
 
 def _indexed_reflections(
-    name: str, table: flex.reflection_table, experiments: ExperimentList
+    name: str,
+    table: flex.reflection_table,
+    experiments: ExperimentList,
+    columns: Sequence[str],
 ) -> flex.reflection_table:
     if len(table) == 0:
         raise ValueError(f"{name} has no reflections: leave it out or give another")
@@ -211,7 +221,7 @@ def _indexed_reflections(
     )
     known = flumpy.from_numpy(ids >= 0)
     result = flex.reflection_table()
-    for column in REFLECTION_COLUMNS:
+    for column in columns:
         result[column] = indexed[column].select(known)
     result["id"] = flumpy.from_numpy(ids[ids >= 0])
     return result

@@ -84,7 +84,9 @@ namespace dials_diffuse { namespace boost_python {
                    double z,
                    double growth,
                    const bp::object &sweep,
-                   bool spread) {
+                   bool spread,
+                   double growth_radial,
+                   double radial) {
     if (!(wavelength > 0))
       throw std::invalid_argument("the wavelength must be positive");
     Frame f;
@@ -103,6 +105,8 @@ namespace dials_diffuse { namespace boost_python {
     for (int i = 0; i < 6; ++i)
       f.g[i] = float(g[i]);
     f.growth = float(growth);
+    f.growth_radial = float(growth_radial);
+    f.radial = float(radial);
     f.z = z;
     mat3<double> change(0.0);
     f.sweeps = !sweep.is_none();
@@ -356,7 +360,9 @@ namespace dials_diffuse { namespace boost_python {
          arg("z"),
          arg("growth") = 0.0,
          arg("sweep") = object(),
-         arg("spread") = false));
+         arg("spread") = false,
+         arg("growth_radial") = 0.0,
+         arg("radial") = 0.0));
     class_<ImageExtras>("ImageExtras")
       .def("add_other", &ImageExtras::add_other, (arg("frame")))
       .def("set_rectangles",

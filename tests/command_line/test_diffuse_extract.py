@@ -147,11 +147,11 @@ def test_reflections_check_the_geometry(tmp_path, monkeypatch, kind, identifiers
     refl = write_reflections(expt, identifiers)
     n_spots = len(flex.reflection_table.from_file(refl))
     log = run(expt, refl, "mp.nproc=1")
-    assert f"|delta hkl|: {n_spots} spots" in log
+    assert f"against their Bragg positions: {n_spots} spots of" in log
     assert "Warning" not in log
     one = read_table()
     log = run(expt, "mp.nproc=2")
-    assert "delta hkl" not in log
+    assert "Bragg positions" not in log
     two = read_table()
     for name in one:
         np.testing.assert_array_equal(two[name], one[name])
@@ -164,7 +164,27 @@ def test_spots_that_do_not_fit_the_models(stills):
     table["xyzobs.px.value"] = flex.vec3_double(60.0 - x, y, z)
     table.as_file(refl)
     log = run(stills, refl, "mp.nproc=1")
-    assert "Warning: the spots of 3 of 3 experiments (0, 1, 2)" in log
+    assert "Warning: the spots of 3 of 3 images are on average farther" in log
+    assert "geometry.reject_images=True leaves them out" in log
+
+
+def test_images_that_do_not_fit_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    expt = write_sweep(tmp_path)
+    refl = write_reflections(expt)
+    table = flex.reflection_table.from_file(refl)
+    x, y, z = table["xyzobs.px.value"].parts()
+    first = flumpy.to_numpy(z).min()
+    spoiled = flumpy.to_numpy(z) < np.floor(first) + 1
+    x = x + flumpy.from_numpy(np.where(spoiled, 9.0, 0.0))
+    table["xyzobs.px.value"] = flex.vec3_double(x, y, z)
+    table.as_file(refl)
+    n_images = ExperimentList.from_file(expt, check_format=False)[0].scan
+    n_images = n_images.get_num_images()
+    log = run(expt, refl, "mp.nproc=1", "geometry.reject_images=True")
+    assert f"{n_images - 1} images in" in log
+    with pytest.raises(Sorry, match="all images are farther"):
+        run(expt, refl, "geometry.reject_images=True", "geometry.tolerance=1e-6")
 
 
 def test_several_experiment_lists(stills, tmp_path):

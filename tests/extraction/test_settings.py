@@ -11,6 +11,8 @@ from dials_diffuse.extraction.settings import (
     BraggSettings,
     CorrectionSettings,
     ExtractionSettings,
+    GeometrySettings,
+    IndexingSettings,
 )
 from dials_diffuse.util.command import load_phil
 
@@ -28,6 +30,13 @@ def settings_of(text: str) -> ExtractionSettings:
 
 def test_defaults_of_phil_are_those_of_the_settings():
     assert settings_of("mp.nproc=1") == ExtractionSettings()
+
+
+@pytest.mark.parametrize("word", ["auto", "none", "Auto", "None"])
+def test_words_that_mean_something_to_phil(word):
+    found = settings_of(f"bragg.exclusion={word}\nindexing.consistent={word}")
+    assert found.bragg.exclusion == found.indexing.consistent == word.lower()
+    assert settings_of("phi_sampling=auto").phi_sampling == "auto"
 
 
 def test_every_parameter_arrives():
@@ -51,6 +60,12 @@ def test_every_parameter_arrives():
         corrections.exposure=False
         corrections.polarization_fraction=0.7
         corrections.polarization_normal=1,0,0
+        bragg.absent=True
+        phi_sampling=spread
+        indexing.consistent=none
+        indexing.in_doubt=best
+        geometry.reject_images=True
+        geometry.tolerance=0.01
         gain=2
         trusted_range=-1,99
         mp.nproc=3
@@ -63,7 +78,10 @@ def test_every_parameter_arrives():
         reference_cell="given",
         unit_cell=(10, 11, 12, 90, 91, 92),
         block_width=0.3,
-        bragg=BraggSettings("none", (0.1, 0.2, 0.3), "inverse_angstrom"),
+        phi_sampling="spread",
+        bragg=BraggSettings("none", (0.1, 0.2, 0.3), "inverse_angstrom", absent=True),
+        indexing=IndexingSettings("none", "best"),
+        geometry=GeometrySettings(True, 0.01),
         corrections=CorrectionSettings(
             False, False, False, "helium", 100, 5, False, 0.7, (1, 0, 0)
         ),

@@ -7,7 +7,6 @@ import dataclasses
 import numpy as np
 import pytest
 from pixel_loop_twin import (
-    HALF_POINTS,
     HALF_SIZE,
     SIZE,
     ExtrasInput,
@@ -46,6 +45,8 @@ def is_odd(hkl):
         {"exclusion": "hkl"},
         {"exclusion": "sphere", "growth": 9.0},
         {"exclusion": "hkl", "degrees": 2.0},
+        {"exclusion": "sphere", "growth": 9.0, "radial": 1e-3, "growth_radial": 2.0},
+        {"exclusion": "sphere", "growth": 9.0, "radial": 1e-3, "degrees": 2.0},
         {"exclusion": "sphere", "degrees": 3.0, "spread": True},
         {"exclusion": "none", "degrees": 2.0, "spread": True},
     ],
@@ -148,6 +149,16 @@ def test_background(kinds):
             found.pop(name), expected.pop(name), rtol=1e-4, atol=1e-5
         )
     assert_sums_equal(found, expected)
+
+
+def test_pixels_without_a_measured_background_are_left_out():
+    extras = background_of(("base",))
+    unmeasured = np.random.default_rng(2).random(extras.base.shape) < 0.1
+    holes = np.where(unmeasured, np.nan, extras.base)
+    images = images_of([FrameInput()], dataclasses.replace(extras, base=holes))
+    masked = images_of([FrameInput()], extras)
+    masked[0][0].weight[unmeasured] = 0
+    assert_sums_equal(loop_sums(images), loop_sums(masked))
 
 
 def test_background_is_linear_in_its_parts():

@@ -1,0 +1,1 @@
+``dials.diffuse_background``: Measures the background of images, from exposures without the crystal, as robust radial profiles that are unbiased at low counts, or as profiles with a smooth correction over the detector, with variances and a page of pictures.

@@ -1,0 +1,1 @@
+``dials.diffuse_extract``: The region of the Bragg peaks that is left out can be fitted to the images, made of the boxes of predicted or integrated reflections of all lattices, or found voxel by voxel.

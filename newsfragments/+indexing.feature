@@ -1,0 +1,1 @@
+``dials.diffuse_extract``: Stills and sweeps that were indexed in different, equivalent settings are brought into one by their Bragg peaks before extraction, and those in doubt are named (``indexing.consistent``).

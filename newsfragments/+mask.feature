@@ -1,0 +1,1 @@
+``dials.diffuse_mask``: Makes a pixel mask in named layers: gaps, files, shapes and ice rings, shadows of goniometer and beam stop, and hot, dead, flickering and unstable pixels, with a picture of each layer.

@@ -1,0 +1,1 @@
+``dials.diffuse_extract``: Indexed spots are compared with their Bragg positions image by image, and images that are off by more than ``geometry.tolerance`` are named and, with ``geometry.reject_images=True``, left out.
