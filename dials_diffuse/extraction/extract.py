@@ -22,7 +22,7 @@ from dials_diffuse.bragg.sums import PeakIntensities, peak_intensities
 from dials_diffuse.extraction.blocks import Block, make_blocks
 from dials_diffuse.extraction.extras import ImageExtrasSource
 from dials_diffuse.extraction.loop import accumulate_block
-from dials_diffuse.extraction.runs import merge_runs, write_runs
+from dials_diffuse.extraction.runs import merge_runs, statistical_peaks, write_runs
 from dials_diffuse.extraction.settings import ExtractionSettings
 from dials_diffuse.extraction.tables import (
     PanelTable,
@@ -208,7 +208,14 @@ def extract(
         identifiers = {i: e.identifier for i, e in enumerate(experiments)}
         with ObservationWriter(path, grid, identifiers, phil, inputs) as writer:
             paths = [path for result in results for path in result.paths]
-            n_beyond, peaks = merge_runs(paths, grid, writer)
+            left_out = None
+            if settings.bragg.exclusion == "statistical":
+                left_out = statistical_peaks(paths, grid)
+                logger.info(
+                    "%d voxels stand out of those around them and are left out",
+                    len(left_out),
+                )
+            n_beyond, peaks = merge_runs(paths, grid, writer, left_out)
     _report(results, len(job.blocks), writer.n_rows, n_beyond)
     if writer.n_rows == 0:
         raise ValueError(

@@ -18,6 +18,7 @@ from typing import Iterable, Iterator, Sequence
 import numpy as np
 
 from dials_diffuse.bragg.points import PointGrid
+from dials_diffuse.bragg.statistical import bragg_voxels
 from dials_diffuse.extraction.loop import SUMS
 from dials_diffuse.grid import Grid
 from dials_diffuse.io.observations import ObservationWriter
@@ -143,10 +144,53 @@ def observation_columns(rows: np.ndarray, grid: Grid) -> dict[str, np.ndarray]:
     }
 
 
+def voxel_sums(paths: Sequence[Path], grid: Grid) -> np.ndarray:
+    """Counts and normalisation of every voxel of all runs, sorted by voxel.
+
+    Returns:
+        Array with the fields key, counts and normalisation, one row for each voxel.
+    """
+    dtype = [(name, SUMS[name]) for name in ("key", "counts", "normalisation")]
+    parts = [np.zeros(0, dtype=dtype)]
+    n_voxels = PointGrid(grid).n_voxels
+    for slab in sorted_slabs(paths):
+        slab = slab[: np.searchsorted(slab["key"], n_voxels)]
+        keys, voxel = voxels_of(slab)
+        sums = np.zeros(len(keys), dtype=dtype)
+        sums["key"] = keys
+        for name in ("counts", "normalisation"):
+            sums[name] = np.bincount(voxel, slab[name], minlength=len(keys))
+        parts.append(sums)
+    return np.concatenate(parts)
+
+
+def statistical_peaks(paths: Sequence[Path], grid: Grid) -> np.ndarray:
+    """Keys of the voxels whose counts stand out of their surroundings, ascending.
+
+    By ``bragg.statistical``, from all observations of a voxel together.
+    """
+    sums = voxel_sums(paths, grid)
+    if len(sums) == 0:
+        return sums["key"]
+    is_peak = bragg_voxels(
+        grid.index(sums["key"]), sums["counts"], sums["normalisation"], grid
+    )
+    return sums["key"][is_peak]
+
+
 def merge_runs(
-    paths: Sequence[Path], grid: Grid, writer: ObservationWriter
+    paths: Sequence[Path],
+    grid: Grid,
+    writer: ObservationWriter,
+    left_out: np.ndarray | None = None,
 ) -> tuple[int, np.ndarray]:
     """Append the observations of all runs, sorted by voxel, to a table.
+
+    Args:
+        paths: The runs.
+        grid: The voxel grid.
+        writer: Writes the table.
+        left_out: Keys of voxels to leave out, ascending.
 
     Returns:
         The number of observations left out because they lie beyond d_min in the
@@ -166,9 +210,11 @@ def merge_runs(
             # sorted: the peaks come last
             n_rows = np.searchsorted(slab["key"], n_voxels)
             peaks.append(slab[n_rows:].copy())
-            if n_rows == 0:
-                continue
             slab = slab[:n_rows]
+            if left_out is not None:
+                slab = slab[~np.isin(slab["key"], left_out)]
+            if len(slab) == 0:
+                continue
             columns = observation_columns(slab, grid)
             n_beyond += len(slab) - len(columns["id"])
             writer.append(columns)

@@ -86,7 +86,8 @@ class BraggSettings:
     """The region about the Bragg positions whose pixels are left out.
 
     Attributes:
-        exclusion: none, ellipsoid, auto (fitted to the images) or shoebox (spots).
+        exclusion: none, ellipsoid, auto (fitted to the images), shoebox (spots) or
+            statistical (voxels that stand out).
         semi_axes, unit: Of the ellipsoid, in reciprocal cells or 1/Å.
         absent: Whether absent reflections are left out too.
         fraction: Of the Bragg intensity that lies inside the fitted ellipsoid.

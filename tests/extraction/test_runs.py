@@ -146,3 +146,30 @@ def test_voxels_beyond_d_min_of_the_reference_cell_are_left_out(tmp_path):
     limit = 1 / GRID.d_min + GRID.half_diagonal
     np.testing.assert_array_equal(GRID.key(index), ALL_KEYS[s <= limit])
     assert n_beyond == np.count_nonzero(s > limit) > 0
+
+
+def test_voxels_that_stand_out_are_left_out(tmp_path):
+    """Poisson counts of mean 5 in each of four blocks, but 500 in one voxel."""
+    rng = np.random.default_rng(4)
+    blocks = []
+    peak = int(GRID.key(np.array([[2, 1, -3]]))[0])
+    for number in range(4):
+        block = np.zeros(len(ALL_KEYS), dtype=SUMS)
+        block["key"], block["n_pixels"], block["id"] = ALL_KEYS, 1, number
+        block["normalisation"] = 1.0
+        block["counts"] = rng.poisson(5.0, len(block))
+        block["counts"][block["key"] == peak] = 500
+        blocks.append(block)
+    paths = runs.write_runs(blocks, tmp_path, "run")
+    sums = runs.voxel_sums(paths, GRID)
+    np.testing.assert_array_equal(sums["key"], ALL_KEYS)
+    np.testing.assert_array_equal(sums["counts"], sum(b["counts"] for b in blocks))
+    np.testing.assert_array_equal(sums["normalisation"], 4.0)
+    found = runs.statistical_peaks(paths, GRID)
+    assert found.tolist() == [peak]
+    with ObservationWriter(tmp_path / "x.refl", GRID, {0: "a"}) as writer:
+        runs.merge_runs(paths, GRID, writer, found)
+    with ObservationFile(tmp_path / "x.refl") as table:
+        index = table.read(0, table.n_rows, ["miller_index"])["miller_index"]
+    assert peak not in GRID.key(index)
+    assert len(index) % 4 == 0
