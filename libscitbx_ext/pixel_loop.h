@@ -119,8 +119,10 @@ struct Frame {
    *     g(dh, dh) + radial g(dh, h)^2 / (1 + growth_radial s^2) < 1 + growth s^2
    *
    * an ellipsoid that grows with s, less along the scattering vector than across if
-   * `radial` is not 0. Symmetric matrix as g11, g22, g33, g12, g13, g23. */
-  float g[6];
+   * `radial` is not 0. Kept as the upper triangle u of g = u^T u, as u11, u22, u33, u12,
+   * u13, u23: |u dh|^2 is g(dh, dh). */
+  float u[6];
+  float u_sweep[9];  // u diag(1/ndiv) sweep
   float growth, growth_radial, radial;  // Angstrom^2
   double z;      // frame number of the centre of the image
 };
@@ -260,28 +262,28 @@ DIALS_DIFFUSE_INLINE bool near_point(const Frame &f,
   a -= float(floor_to_int(a + 0.5f));
   b -= float(floor_to_int(b + 0.5f));
   c -= float(floor_to_int(c + 0.5f));
-  float distance = f.g[0] * a * a + f.g[1] * b * b + f.g[2] * c * c
-                   + 2.0f * (f.g[3] * a * b + f.g[4] * a * c + f.g[5] * b * c);
+  // in the coordinates in which the ellipsoid is the unit sphere
+  float x = f.u[0] * a + f.u[3] * b + f.u[4] * c;
+  float y = f.u[1] * b + f.u[5] * c;
+  float z = f.u[2] * c;
   if (Sweeps) {
-    float u = (f.sweep[0] * rx + f.sweep[1] * ry + f.sweep[2] * rz) * f.inv_ndiv[0];
-    float v = (f.sweep[3] * rx + f.sweep[4] * ry + f.sweep[5] * rz) * f.inv_ndiv[1];
-    float w = (f.sweep[6] * rx + f.sweep[7] * ry + f.sweep[8] * rz) * f.inv_ndiv[2];
-    float gu = f.g[0] * u + f.g[3] * v + f.g[4] * w;
-    float gv = f.g[3] * u + f.g[1] * v + f.g[5] * w;
-    float gw = f.g[4] * u + f.g[5] * v + f.g[2] * w;
-    float dv = a * gu + b * gv + c * gw;
-    float vv = u * gu + v * gv + w * gw + 1e-20f;
-    float t = std::min(std::max(-dv / vv, f.t_min), f.t_max);
-    distance += t * (2.0f * dv + t * vv);
-    a += t * u;
-    b += t * v;
-    c += t * w;
+    float vx = f.u_sweep[0] * rx + f.u_sweep[1] * ry + f.u_sweep[2] * rz;
+    float vy = f.u_sweep[3] * rx + f.u_sweep[4] * ry + f.u_sweep[5] * rz;
+    float vz = f.u_sweep[6] * rx + f.u_sweep[7] * ry + f.u_sweep[8] * rz;
+    float dv = x * vx + y * vy + z * vz;
+    float vv = vx * vx + vy * vy + vz * vz + 1e-20f;
+    float t = -dv / vv;
+    t = t > f.t_min ? t : f.t_min;
+    t = t < f.t_max ? t : f.t_max;
+    x += t * vx;
+    y += t * vy;
+    z += t * vz;
   }
+  float distance = x * x + y * y + z * z;
   if (Radial) {
-    float x = h * f.inv_ndiv[0], y = k * f.inv_ndiv[1], z = l * f.inv_ndiv[2];
-    float along = a * (f.g[0] * x + f.g[3] * y + f.g[4] * z)
-                  + b * (f.g[3] * x + f.g[1] * y + f.g[5] * z)
-                  + c * (f.g[4] * x + f.g[5] * y + f.g[2] * z);
+    a = h * f.inv_ndiv[0], b = k * f.inv_ndiv[1], c = l * f.inv_ndiv[2];
+    float along = x * (f.u[0] * a + f.u[3] * b + f.u[4] * c)
+                  + y * (f.u[1] * b + f.u[5] * c) + z * (f.u[2] * c);
     distance += f.radial * along * along / (1.0f + f.growth_radial * s2);
   }
   return distance < 1.0f + f.growth * s2;
@@ -523,52 +525,113 @@ struct Background {
   }
 };
 
-/* Position among n values of a coordinate: number of the value before it, and how far
- * beyond that it is, 0 to 1. */
-DIALS_DIFFUSE_INLINE int interval(float x, int n, float *fraction) {
-  float at = std::min(std::max(x, 0.0f), float(n - 1));
-  int i = std::min(int(at), n - 2);
-  *fraction = at - float(i);
-  return i;
-}
+/* Where the pixels of a row lie on the profile: number of the value before each, and how
+ * far beyond that it is, 0 to 1. It depends on the beam alone, so all images of a sweep
+ * share it. */
+struct ProfilePlaces {
+  std::vector<int> before;
+  std::vector<float> fraction;
 
-/* Adds the smooth background, an intensity, of n pixels of a row */
-DIALS_DIFFUSE_CLONES inline void add_profile(const Background &background,
-                                             const Frame &frame,
-                                             const float *ex,
-                                             const float *ey,
-                                             const float *ez,
-                                             const int *weight,
-                                             int n,
-                                             float *out) {
+  explicit ProfilePlaces(int n) : before(n), fraction(n), row_(-1) {}
+
+  bool is_of(int row, const Background &b, const Frame &f) const {
+    return row == row_ && n_ == b.n_profile && s_start_ == b.s_start
+           && inv_step_ == b.inv_step && inv_wavelength_ == f.inv_wavelength
+           && s0_[0] == f.s0[0] && s0_[1] == f.s0[1] && s0_[2] == f.s0[2];
+  }
+  void set(int row, const Background &b, const Frame &f) {
+    row_ = row;
+    n_ = b.n_profile;
+    s_start_ = b.s_start;
+    inv_step_ = b.inv_step;
+    inv_wavelength_ = f.inv_wavelength;
+    std::copy(f.s0, f.s0 + 3, s0_);
+  }
+
+private:
+  int row_, n_;
+  float s_start_, inv_step_, inv_wavelength_, s0_[3];
+};
+
+DIALS_DIFFUSE_CLONES inline void find_on_profile(const Background &background,
+                                                 const Frame &frame,
+                                                 const float *ex,
+                                                 const float *ey,
+                                                 const float *ez,
+                                                 int n,
+                                                 int *before,
+                                                 float *fraction) {
   const Background b = background;
   const Frame f = frame;
+  const float last = float(b.n_profile - 1);
   for (int i = 0; i < n; ++i) {
     float rx = ex[i] * f.inv_wavelength - f.s0[0];
     float ry = ey[i] * f.inv_wavelength - f.s0[1];
     float rz = ez[i] * f.inv_wavelength - f.s0[2];
-    float s = std::sqrt(rx * rx + ry * ry + rz * rz), t;
-    int j = interval((s - b.s_start) * b.inv_step, b.n_profile, &t);
-    float value = b.profile[j] + t * (b.profile[j + 1] - b.profile[j]);
-    out[i] += value * (b.unit * float(weight[i]));
+    float s = std::sqrt(rx * rx + ry * ry + rz * rz);
+    float at = (s - b.s_start) * b.inv_step;
+    at = at > 0.0f ? at : 0.0f;
+    at = at < last ? at : last;
+    int k = int(at);
+    k = k < b.n_profile - 2 ? k : b.n_profile - 2;
+    before[i] = k;
+    fraction[i] = at - float(k);
   }
 }
+
+/* Adds the profile, an intensity, at n pixels of a row */
+DIALS_DIFFUSE_CLONES inline void add_profile(const float *profile,
+                                             const int *before,
+                                             const float *fraction,
+                                             int n,
+                                             float *out) {
+  for (int i = 0; i < n; ++i) {
+    float low = profile[before[i]], high = profile[before[i] + 1];
+    out[i] += low + fraction[i] * (high - low);
+  }
+}
+
+/* Adds the grid, an intensity, at n pixels of a row: between two nodes it is linear. */
 DIALS_DIFFUSE_CLONES inline void add_grid(const Background &background,
                                           int row,
-                                          const int *weight,
                                           int n,
                                           float *out) {
   const Background b = background;
-  float v;
-  const int below = interval((row + 0.5f) * b.inv_spacing, b.grid_slow, &v);
+  const float at = (row + 0.5f) * b.inv_spacing;
+  const int below = std::min(int(at), b.grid_slow - 2);
+  const float v = std::min(at - float(below), 1.0f);
   const float *lower = b.grid + std::size_t(below) * b.grid_fast;
   const float *upper = lower + b.grid_fast;
+  for (int j = 0; j + 1 < b.grid_fast; ++j) {
+    const float left = lower[j] + v * (upper[j] - lower[j]);
+    const float right = lower[j + 1] + v * (upper[j + 1] - lower[j + 1]);
+    const int first = int(std::ceil(float(j) / b.inv_spacing - 0.5f));
+    const int next = int(std::ceil(float(j + 1) / b.inv_spacing - 0.5f));
+    const int end = j + 2 < b.grid_fast ? std::min(next, n) : n;
+    for (int i = std::max(first, 0); i < end; ++i) {
+      float u = (float(i) + 0.5f) * b.inv_spacing - float(j);
+      u = u < 1.0f ? u : 1.0f;
+      out[i] += left + u * (right - left);
+    }
+  }
+}
+
+/* Intensities to photons of n pixels of a row, with the measured background added */
+DIALS_DIFFUSE_CLONES inline void to_photons(const Background &background,
+                                            const int *weight,
+                                            std::size_t at,
+                                            int n,
+                                            float *out,
+                                            float *variance) {
+  const Background b = background;
+  for (int i = 0; i < n; ++i)
+    out[i] *= b.unit * float(weight[i]);
+  if (!b.base) return;
+  const float rate2 = b.rate * b.rate;
+  const float *base = b.base + at, *base_variance = b.base_variance + at;
   for (int i = 0; i < n; ++i) {
-    float u;
-    int j = interval((i + 0.5f) * b.inv_spacing, b.grid_fast, &u);
-    float at_lower = lower[j] + u * (lower[j + 1] - lower[j]);
-    float at_upper = upper[j] + u * (upper[j + 1] - upper[j]);
-    out[i] += (at_lower + v * (at_upper - at_lower)) * (b.unit * float(weight[i]));
+    out[i] += b.rate * base[i];
+    variance[i] = rate2 * base_variance[i];
   }
 }
 
@@ -583,8 +646,8 @@ inline void drop_unmeasured(const Background &b, std::size_t at, int n, int *pla
 template <typename T>
 struct Row {
   std::vector<int> places;      // where each pixel belongs
-  std::vector<float> background;            // of each pixel
-  std::vector<double> backgrounds, variances;  // sums before each pixel
+  std::vector<float> background, variance;  // photons, photons^2 of each pixel
+  ProfilePlaces on_profile;
   std::vector<int> begin, end;  // runs of neighbouring pixels in one voxel
   std::vector<typename sum_of<T>::type> values;  // sum before each pixel
   std::vector<int64_t> weights;                  // likewise
@@ -592,39 +655,34 @@ struct Row {
   explicit Row(int n)
       : places(n),
         background(n),
-        backgrounds(n + 1),
-        variances(n + 1),
+        variance(n),
+        on_profile(n),
         begin(n + 1),
         end(n + 1),
         values(n + 1),
         weights(n + 1) {}
 
-  /* Sums of the background and of its variance before each pixel */
-  void add_up_background(const Background &b,
-                         const Frame &frame,
-                         const PanelView &p,
-                         int row) {
+  /* The background of each pixel and its variance */
+  void find_background(const Background &b,
+                       const Frame &frame,
+                       const PanelView &p,
+                       int row) {
     const int n = int(places.size());
     const std::size_t at = std::size_t(row) * n;
-    const int *weight = p.weight + at;
-    std::fill(background.begin(), background.end(), 0.0f);
     float *out = &background[0];
-    if (b.profile)
-      add_profile(b, frame, p.ex + at, p.ey + at, p.ez + at, weight, n, out);
-    if (b.grid) add_grid(b, row, weight, n, out);
-    double sum = 0, variance = 0;
-    for (int i = 0; i < n; ++i) {
-      backgrounds[i] = sum;
-      variances[i] = variance;
-      if (places[i] == NOWHERE) continue;
-      sum += background[i];
-      if (b.base) {
-        sum += double(b.rate) * b.base[at + i];
-        variance += double(b.rate) * b.rate * b.base_variance[at + i];
+    std::fill(out, out + n, 0.0f);
+    if (b.profile) {
+      int *before = &on_profile.before[0];
+      float *fraction = &on_profile.fraction[0];
+      if (!on_profile.is_of(row, b, frame)) {
+        find_on_profile(
+          b, frame, p.ex + at, p.ey + at, p.ez + at, n, before, fraction);
+        on_profile.set(row, b, frame);
       }
+      add_profile(b.profile, before, fraction, n, out);
     }
-    backgrounds[n] = sum;
-    variances[n] = variance;
+    if (b.grid) add_grid(b, row, n, out);
+    to_photons(b, p.weight + at, at, n, out, &variance[0]);
   }
 
   /* Finds the runs and returns their number; without branches, as a run ends every
@@ -653,7 +711,7 @@ void add_runs(Row<T> &row,
               const Frame &f,
               const Places &all,
               int y,
-              bool background,
+              const Background *background,
               VoxelTable &table) {
   const int n_runs = row.find_runs();
   const std::size_t at = std::size_t(y) * p.nfast;
@@ -673,10 +731,16 @@ void add_runs(Row<T> &row,
     sums.y += n * (y + 0.5);
     sums.z += n * f.z;
     sums.n_pixels += end - begin;
-    if (background) {
-      sums.background += row.backgrounds[end] - row.backgrounds[begin];
-      sums.variance += row.variances[end] - row.variances[begin];
-    }
+    if (!background) continue;
+    double sum = 0;
+    for (int i = begin; i < end; ++i)
+      sum += row.background[i];
+    sums.background += sum;
+    if (!background->base) continue;
+    sum = 0;
+    for (int i = begin; i < end; ++i)
+      sum += row.variance[i];
+    sums.variance += sum;
   }
 }
 
@@ -743,8 +807,9 @@ void add_rows(const PanelView &p,
         drop_unmeasured(extras->background, at, n, places);
       }
       add_up(data, places, n, r.values);
-      const bool background = extras && extras->background.any();
-      if (background) r.add_up_background(extras->background, f, p, row);
+      const Background *background = 0;
+      if (extras && extras->background.any()) background = &extras->background;
+      if (background) r.find_background(*background, f, p, row);
       add_runs(r, p, f, all, row, background, table);
     }
   }

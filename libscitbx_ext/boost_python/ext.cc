@@ -1,5 +1,7 @@
 /* Bindings of the pixel loop: arrays come and go as flex arrays. */
 #include <boost/python.hpp>
+#include <algorithm>
+#include <cmath>
 #ifdef __GLIBC__
 #include <malloc.h>
 #endif
@@ -74,6 +76,32 @@ namespace dials_diffuse { namespace boost_python {
     PanelView view_;
   };
 
+  /* The exclusion ellipsoid g as the triangle u of g = u^T u (Cholesky), and what it does
+   * to the change of w over the image. */
+  void set_exclusion(Frame &f,
+                     const sym_mat3<double> &g,
+                     const mat3<double> &sweep,
+                     const vec3<double> &ndiv) {
+    const double u11 = std::sqrt(g[0]);
+    const double u12 = g[3] / u11, u13 = g[4] / u11;
+    const double u22 = std::sqrt(g[1] - u12 * u12);
+    const double u23 = (g[5] - u12 * u13) / u22;
+    const double u33 = std::sqrt(g[2] - u13 * u13 - u23 * u23);
+    if (!(u11 > 0 && u22 > 0 && u33 > 0))
+      throw std::invalid_argument("the exclusion must be a positive matrix");
+    const double triangle[6] = {u11, u22, u33, u12, u13, u23};
+    for (int i = 0; i < 6; ++i)
+      f.u[i] = float(triangle[i]);
+    const double rows[3][3] = {{u11, u12, u13}, {0, u22, u23}, {0, 0, u33}};
+    for (int i = 0; i < 3; ++i)
+      for (int j = 0; j < 3; ++j) {
+        double sum = 0;
+        for (int k = 0; k < 3; ++k)
+          sum += rows[i][k] / ndiv[k] * sweep[3 * k + j];
+        f.u_sweep[3 * i + j] = float(sum);
+      }
+  }
+
   Frame make_frame(const mat3<double> &w,
                    const vec3<double> &s0,
                    double wavelength,
@@ -100,10 +128,6 @@ namespace dials_diffuse { namespace boost_python {
     f.s2_min = float(s_min * s_min);
     f.s2_max = float(s_max * s_max);
     f.exclude = !exclusion.is_none();
-    sym_mat3<double> g(0.0);
-    if (f.exclude) g = bp::extract<sym_mat3<double> >(exclusion)();
-    for (int i = 0; i < 6; ++i)
-      f.g[i] = float(g[i]);
     f.growth = float(growth);
     f.growth_radial = float(growth_radial);
     f.radial = float(radial);
@@ -113,6 +137,10 @@ namespace dials_diffuse { namespace boost_python {
     if (f.sweeps) change = bp::extract<mat3<double> >(sweep)();
     for (int i = 0; i < 9; ++i)
       f.sweep[i] = float(change[i]);
+    std::fill(f.u, f.u + 6, 0.0f);
+    std::fill(f.u_sweep, f.u_sweep + 9, 0.0f);
+    if (f.exclude)
+      set_exclusion(f, bp::extract<sym_mat3<double> >(exclusion)(), change, ndiv);
     f.t_min = -0.5f;
     f.t_max = 0.5f;
     f.spread = spread && f.sweeps;

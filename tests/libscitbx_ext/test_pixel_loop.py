@@ -210,6 +210,9 @@ def test_wrong_input_is_refused():
         ext.Accumulator((700, 700, 700), 1)
     with pytest.raises(ValueError, match="negative size"):
         ext.Accumulator((-1, 2, 2), 1)
+    frame.exclusion = (1.0, 1.0, 1.0, 2.0, 0.0, 0.0)
+    with pytest.raises(ValueError, match="positive matrix"):
+        frame.ext()
     panel.weight = panel.weight[1:]
     with pytest.raises(ValueError, match="nfast x nslow"):
         panel.ext()
