@@ -7,9 +7,9 @@
  *     voxel = floor(h + 1/2)
  *
  * Pixels that are masked, untrusted, outside the resolution limits or outside the grid
- * add nothing to any sum. Pixels near a Bragg position are added up by themselves, under
- * the reciprocal lattice point, or dropped. The others add their value, their weight, 1 to
- * `n_pixels`, their position and their background to their voxel.
+ * add nothing to any sum. Pixels near a Bragg position are added up by themselves,
+ * under the reciprocal lattice point, or dropped. The others add their value, their
+ * weight, 1 to `n_pixels`, their position and their background to their voxel.
  *
  * Values, weights and coordinates are integers or half-integers, so their sums are
  * exact in any order and the result does not depend on the number of threads. Only
@@ -113,23 +113,23 @@ struct Frame {
   float s2_min, s2_max;  // limits of |rlp|^2, 1/Angstrom^2
   float inv_ndiv[3];
   bool exclude;  // leave out pixels near Bragg positions
-  /* Exclusion region with dh = h/ndiv - nearest integer anywhere within the width of the
-   * image, s = |rlp|:
+  /* Exclusion region with dh = h/ndiv - nearest integer anywhere within the width of
+   * the image, s = |rlp|:
    *
    *     g(dh, dh) + radial g(dh, h)^2 / (1 + growth_radial s^2) < 1 + growth s^2
    *
    * an ellipsoid that grows with s, less along the scattering vector than across if
-   * `radial` is not 0. Kept as the upper triangle u of g = u^T u, as u11, u22, u33, u12,
-   * u13, u23: |u dh|^2 is g(dh, dh). */
+   * `radial` is not 0. Kept as the upper triangle u of g = u^T u, as u11, u22, u33,
+   * u12, u13, u23: |u dh|^2 is g(dh, dh). */
   float u[6];
-  float u_sweep[9];  // u diag(1/ndiv) sweep
+  float u_sweep[9];                     // u diag(1/ndiv) sweep
   float growth, growth_radial, radial;  // Angstrom^2
-  double z;      // frame number of the centre of the image
+  double z;                             // frame number of the centre of the image
 };
 
-/* The frame at which a row of a wide image is indexed. Each row takes a place of its own
- * within the width of the image, in a sequence that fills it evenly with any number of
- * neighbouring rows (multiples of the golden ratio): every pixel counts once, at one
+/* The frame at which a row of a wide image is indexed. Each row takes a place of its
+ * own within the width of the image, in a sequence that fills it evenly with any number
+ * of neighbouring rows (multiples of the golden ratio): every pixel counts once, at one
  * angle, and the voxels between the middles of two images are seen too. */
 inline Frame frame_of_row(const Frame &f, int row) {
   if (!f.spread) return f;
@@ -169,7 +169,7 @@ inline void add(Sums &to, const Sums &from) {
 struct Places {
   Box voxels;
   Box points;
-  bool keep_peaks;                   // else pixels near lattice points are dropped
+  bool keep_peaks;                    // else pixels near lattice points are dropped
   std::vector<unsigned char> absent;  // by place of the point; empty if none is
 
   explicit Places(const Box &box) : voxels(box), points(box), keep_peaks(false) {}
@@ -525,9 +525,9 @@ struct Background {
   }
 };
 
-/* Where the pixels of a row lie on the profile: number of the value before each, and how
- * far beyond that it is, 0 to 1. It depends on the beam alone, so all images of a sweep
- * share it. */
+/* Where the pixels of a row lie on the profile: number of the value before each, and
+ * how far beyond that it is, 0 to 1. It depends on the beam alone, so all images of a
+ * sweep share it. */
 struct ProfilePlaces {
   std::vector<int> before;
   std::vector<float> fraction;
@@ -645,7 +645,7 @@ inline void drop_unmeasured(const Background &b, std::size_t at, int n, int *pla
 /* Scratch space for one row of n pixels */
 template <typename T>
 struct Row {
-  std::vector<int> places;      // where each pixel belongs
+  std::vector<int> places;                  // where each pixel belongs
   std::vector<float> background, variance;  // photons, photons^2 of each pixel
   ProfilePlaces on_profile;
   std::vector<int> begin, end;  // runs of neighbouring pixels in one voxel
@@ -675,8 +675,7 @@ struct Row {
       int *before = &on_profile.before[0];
       float *fraction = &on_profile.fraction[0];
       if (!on_profile.is_of(row, b, frame)) {
-        find_on_profile(
-          b, frame, p.ex + at, p.ey + at, p.ez + at, n, before, fraction);
+        find_on_profile(b, frame, p.ex + at, p.ey + at, p.ez + at, n, before, fraction);
         on_profile.set(row, b, frame);
       }
       add_profile(b.profile, before, fraction, n, out);

@@ -76,8 +76,8 @@ namespace dials_diffuse { namespace boost_python {
     PanelView view_;
   };
 
-  /* The exclusion ellipsoid g as the triangle u of g = u^T u (Cholesky), and what it does
-   * to the change of w over the image. */
+  /* The exclusion ellipsoid g as the triangle u of g = u^T u (Cholesky), and what it
+   * does to the change of w over the image. */
   void set_exclusion(Frame &f,
                      const sym_mat3<double> &g,
                      const mat3<double> &sweep,
@@ -338,8 +338,7 @@ namespace dials_diffuse { namespace boost_python {
       const std::size_t at = std::size_t(row) * p.nfast;
       const Frame f = frame_of_row(frame, row);
       int *out = result.begin() + at;
-      voxel_places(
-        f, all.voxels, p.ex + at, p.ey + at, p.ez + at, p.nfast, out);
+      voxel_places(f, all.voxels, p.ex + at, p.ey + at, p.ez + at, p.nfast, out);
     }
     for (std::size_t i = 0; i < result.size(); ++i)
       result[i] = result[i] >= 0 ? int(all.c_order(result[i])) : NOWHERE;
@@ -396,9 +395,8 @@ namespace dials_diffuse { namespace boost_python {
       .def("set_rectangles",
            &ImageExtras::set_rectangles,
            (arg("columns"), arg("half_points")))
-      .def("set_base",
-           &ImageExtras::set_base,
-           (arg("base"), arg("variance"), arg("rate")))
+      .def(
+        "set_base", &ImageExtras::set_base, (arg("base"), arg("variance"), arg("rate")))
       .def("set_profile",
            &ImageExtras::set_profile,
            (arg("profile"), arg("s_start"), arg("s_step")))
