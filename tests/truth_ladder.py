@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, NamedTuple, Sequence
 
 import numpy as np
+import pytest
 from simulate_images import with_images
 
 from cctbx import uctbx
@@ -138,6 +139,16 @@ QUARTERS = vary(
     crystal={"unit_cell": uctbx.unit_cell((15, 18, 21, 90, 90, 90))},
     grid={"ndiv": (4, 4, 4)},
 )
+
+
+def cases_with_fast(cases: Iterable[str], *fast: str) -> list:
+    """Parameters of a test, all but some marked as slow."""
+    assert set(fast) <= set(cases)
+    return [
+        name if name in fast else pytest.param(name, marks=pytest.mark.slow)
+        for name in cases
+    ]
+
 
 ImageMaker = Callable[[Series, int], list[np.ndarray]]
 

@@ -10,7 +10,7 @@ per voxel, 1.27 times for 0.26 (``sigma_ratio``).
 from __future__ import annotations
 
 import pytest
-from truth_ladder import QUARTERS, climb, report, vary
+from truth_ladder import QUARTERS, cases_with_fast, climb, report, vary
 
 from dials_diffuse.simulation.comparison import Comparison
 
@@ -52,7 +52,9 @@ def assert_without_bias(comparison: Comparison, largest_error: float) -> None:
     assert overall.mean_pull_error < 0.01
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", cases_with_fast(CASES, "rotation, 13 photons", "stills")
+)
 def test_chi_squared(tmp_path, name):
     flux, changes = CASES[name]
     comparison = climb(

@@ -25,6 +25,7 @@ from truth_ladder import (
     QUARTERS,
     Agreement,
     assert_is_truth,
+    cases_with_fast,
     climb,
     disagreements,
     report,
@@ -104,7 +105,9 @@ def check(name: str, comparison) -> None:
     assert_is_truth(comparison, FOUND[name])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", cases_with_fast(CASES, "rotation", "stills, random", "four panels")
+)
 def test_map_is_the_truth(tmp_path, name):
     check(name, climb(vary(QUARTERS, **CASES[name]), tmp_path, n_shells=6))
 
@@ -144,13 +147,7 @@ def test_deviations_are_those_of_sampling(tmp_path):
     assert np.all((0.35 < fall) & (fall < 0.6))
 
 
-SLOW = ("I 41", "R 3 :H", "P 61", "F 4 3 2", "I 21 3")
-
-
-@pytest.mark.parametrize(
-    "symbol",
-    [pytest.param(s, marks=[pytest.mark.slow] if s in SLOW else []) for s in CELLS],
-)
+@pytest.mark.parametrize("symbol", cases_with_fast(CELLS, "I 1 2 1"))
 def test_space_groups(tmp_path, symbol):
     changes = {
         "crystal": {"space_group": symbol, "unit_cell": uctbx.unit_cell(CELLS[symbol])}
@@ -163,6 +160,7 @@ def test_space_groups(tmp_path, symbol):
     check(symbol, climb(vary(QUARTERS, **changes), tmp_path, n_shells=6))
 
 
+@pytest.mark.slow
 def test_compton_scattering(tmp_path):
     pytest.importorskip("xraylib")
     settings = vary(QUARTERS, background={"compton": True})
