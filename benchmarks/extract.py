@@ -10,17 +10,24 @@ some runs.
 the detector. ``reading`` is what dxtbx takes for the images alone, in the same run, as a
 measure of the machine.
 
+``--full`` adds runs with everything on: also the mask of dials.diffuse_mask and the radial
+background of dials.diffuse_background, one profile for each image. Both are made from the
+same images beforehand, which takes some seconds an image, and kept in the folder.
+
     make benchmark
-    build/venv/bin/python benchmarks/extract.py --images 100 --ndiv 3
+    build/venv/bin/python benchmarks/extract.py --images 100 --ndiv 3 --full
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Mapping, Sequence
 
 import numpy as np
 
@@ -109,37 +116,107 @@ def make_images(folder: Path, n_images: int) -> Path:
     return expt
 
 
-def run(folder: Path, expt: Path, nproc: int, ndiv: int) -> tuple[float, ...]:
-    """CPU and wall seconds, those after the imports, and peak memory of a run.
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """What a command and its children took, by the operating system's own accounting."""
 
-    The memory is that of the largest process, in bytes.
+    cpu: float  # seconds, user and system
+    wall: float  # seconds
+    memory: float  # bytes, of the largest process
+    messages: str  # standard error
+
+
+MEASURE = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+wall = time.perf_counter() - start
+messages = done.stderr.decode(errors="replace")
+if done.returncode:
+    sys.exit(messages)
+use = resource.getrusage(resource.RUSAGE_CHILDREN)
+cpu, memory = use.ru_utime + use.ru_stime, use.ru_maxrss * 1024
+print(json.dumps(dict(cpu=cpu, wall=wall, memory=memory, messages=messages)))
+"""
+
+
+def measure(
+    folder: Path, command: Sequence[str], environment: Mapping[str, str] | None = None
+) -> Usage:
+    """Run a command in a folder, as the only child of a process of its own.
+
+    Raises:
+        SystemExit: The command failed; its messages are shown.
     """
-    command = (
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, *command],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if result.returncode:
+        raise SystemExit(result.returncode)
+    return Usage(**json.loads(result.stdout))
+
+
+def python_command(module: str, arguments: Sequence[str]) -> list[str]:
+    """One of our commands, which tells the seconds after its imports on the last line."""
+    code = (
         "import sys, time\n"
-        "from dials_diffuse.command_line.diffuse_extract import run\n"
+        f"from dials_diffuse.command_line.{module} import run\n"
         "start = time.perf_counter()\n"
         "run(sys.argv[1:])\n"
         "print(time.perf_counter() - start, file=sys.stderr)\n"
     )
-    measure = (
-        "import resource, subprocess, sys, time\n"
-        "start = time.perf_counter()\n"
-        "run = [sys.executable, '-c', *sys.argv[1:]]\n"
-        "work = subprocess.run(run, check=True, capture_output=True).stderr\n"
-        "wall = time.perf_counter() - start\n"
-        "use = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
-        "cpu = use.ru_utime + use.ru_stime\n"
-        "print(cpu, wall, float(work.split()[-1]), use.ru_maxrss * 1024)\n"
-    )
-    arguments = [str(expt), f"grid.ndiv={ndiv}", f"mp.nproc={nproc}"]
-    result = subprocess.run(
-        [sys.executable, "-c", measure, command, *arguments],
-        check=True,
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    return tuple(map(float, result.stdout.split()))
+    return [sys.executable, "-c", code, *arguments]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A way to run dials.diffuse_extract."""
+
+    expt: Path
+    nproc: int
+    ndiv: int
+    more: tuple[str, ...] = ()  # further parameters
+
+
+def run(folder: Path, case: Case) -> tuple[float, ...]:
+    """CPU and wall seconds, those after the imports, and peak memory of a run.
+
+    The memory is that of the largest process, in bytes.
+    """
+    arguments = [str(case.expt), f"grid.ndiv={case.ndiv}", f"mp.nproc={case.nproc}"]
+    command = python_command("diffuse_extract", [*arguments, *case.more])
+    use = measure(folder, command)
+    return use.cpu, use.wall, float(use.messages.split()[-1]), use.memory
+
+
+def make_mask_and_background(expt: Path) -> tuple[str, ...]:
+    """Make both from the images, once; returns the parameters that use them."""
+    layers = expt.with_name(expt.stem + "_mask.h5")
+    mask = layers.with_suffix(".mask")
+    background = expt.with_name(expt.stem + "_background.h5")
+    commands = {
+        layers: (
+            "diffuse_mask",
+            f"output.layers={layers}",
+            f"output.mask={mask}",
+            "output.plots=None",
+        ),
+        background: (
+            "diffuse_background",
+            f"output.background={background}",
+            "method=radial",
+            f"mask={mask}",
+        ),
+    }
+    for path, (module, *arguments) in commands.items():
+        if not path.exists():
+            arguments += [str(expt), "output.html=None", "output.json=None"]
+            measure(expt.parent, python_command(module, arguments))
+    return f"mask={layers}", f"background={background}"
 
 
 def reading(expt: Path) -> float:
@@ -158,6 +235,9 @@ def main() -> None:
     parser.add_argument("--ndiv", default=3, type=int, help="for the speed")
     parser.add_argument("--large-ndiv", default=6, type=int, help="for the memory")
     parser.add_argument("--repeat", default=5, type=int, help="the median is shown")
+    parser.add_argument(
+        "--full", action="store_true", help="with a mask and a background too"
+    )
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     folder = options.folder.resolve()
@@ -170,22 +250,26 @@ def main() -> None:
         f"reading alone, by dxtbx: {mpixel / reading(expt):.0f} Mpixel per CPU-second"
     )
     cases = {
-        "start-up": (one, 1, options.ndiv),
-        "one process": (expt, 1, options.ndiv),
-        "two processes": (expt, 2, options.ndiv),
-        "two processes, large grid": (expt, 2, options.large_ndiv),
+        "start-up": Case(one, 1, options.ndiv),
+        "one process": Case(expt, 1, options.ndiv),
+        "two processes": Case(expt, 2, options.ndiv),
+        "two processes, large grid": Case(expt, 2, options.large_ndiv),
     }
+    if options.full:
+        more = make_mask_and_background(expt)
+        cases["one process, everything on"] = Case(expt, 1, options.ndiv, more)
+        cases["two processes, everything on"] = Case(expt, 2, options.ndiv, more)
     # in turn, so that a change of the machine's speed hits all alike
     runs = np.array(
-        [[run(folder, *case) for case in cases.values()] for _ in range(options.repeat)]
+        [[run(folder, case) for case in cases.values()] for _ in range(options.repeat)]
     )
     cpu, wall, work, memory = np.moveaxis(np.median(runs, axis=0), -1, 0)
-    for i, (name, (_, _, ndiv)) in enumerate(cases.items()):
+    for i, (name, case) in enumerate(cases.items()):
         text = f"{name}: {cpu[i]:.1f} CPU-s, {wall[i]:.1f} s wall"
         if i:
             text += (
                 f", {mpixel / cpu[i]:.0f} Mpixel per CPU-second "
-                f"({mpixel / (cpu[i] - cpu[0]):.0f} without start-up), ndiv={ndiv}, "
+                f"({mpixel / (cpu[i] - cpu[0]):.0f} without start-up), ndiv={case.ndiv}, "
                 f"peak memory {memory[i] / 1e9:.2f} GB per process"
             )
         print(text)

@@ -10,9 +10,10 @@ of its counts and the sum of what its pixels would count per unit of scattering
 are masked, outside the trusted range, or near a Bragg position are left out.
 
 The models may be of stills or of rotation data, of any number of crystals, sweeps and
-detectors. A reflection table of the same experiments is optional; it serves to check the
-geometry. The output is an experiment list and a reflection table in HDF5, for
-dials.diffuse_merge.
+detectors. Crystals in different indexing settings are brought into one. A reflection table
+of the same experiments is optional; it serves to check the geometry of each image, and to
+find the size of spots. The output is an experiment list and a reflection table in HDF5, for
+dials.diffuse_merge, and a table of the Bragg intensities that were left out.
 
 Examples::
 
@@ -21,6 +22,8 @@ Examples::
   dials.diffuse_extract refined.expt refined.refl grid.ndiv=4 grid.d_min=1.6
 
   dials.diffuse_extract integrated.expt mask=pixels.mask bragg.semi_axes=0.2 mp.nproc=4
+
+  dials.diffuse_extract refined.expt mask=diffuse_mask.h5 background=diffuse_background.h5
 """
 
 from __future__ import annotations
@@ -58,6 +61,7 @@ from dials_diffuse.io.inputs import (
     with_crystals,
 )
 from dials_diffuse.io.masks import masks_of_experiments
+from dials_diffuse.report.corrections import draw_corrections, log_corrections
 from dials_diffuse.util.command import (
     errors_in_one_line,
     load_phil,
@@ -86,6 +90,8 @@ def check_output(params: Any, inputs: Sequence[str]) -> None:
     names = {"experiments": expt_name, "reflections": refl_name}
     if params.output.bragg:
         names["bragg"] = params.output.bragg
+    if params.output.corrections:
+        names["corrections"] = params.output.corrections
     for option, name in names.items():
         if os.path.realpath(name) in used:
             raise ValueError(f"output.{option}={name} is in use: give another name")
@@ -107,6 +113,10 @@ def write_output(
     log_bragg(settings.bragg)
     log_crystals(experiments, grid)
     log_rotation(experiments, grid)
+    log_corrections(experiments, settings)
+    if params.output.corrections:
+        for name in draw_corrections(params.output.corrections, experiments, settings):
+            logger.info("Wrote the pictures of the corrections to %s", name)
     with contextlib.ExitStack() as stack:
         table, expt = map(stack.enter_context, map(atomic_path, (refl_name, expt_name)))
         experiments.as_file(expt)  # first: a name that will not do shows at once

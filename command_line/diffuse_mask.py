@@ -162,9 +162,7 @@ def write_report(
         The figures of the mask of each detector, with the name of its file.
     """
     output = params.output
-    summaries = [
-        {**made.summary(), "mask": name} for made, name in zip(masks, written)
-    ]
+    summaries = [{**made.summary(), "mask": name} for made, name in zip(masks, written)]
     if output.json:
         content = {"inputs": list(inputs), "detectors": summaries}
         write_text(output.json, json.dumps(content, indent=2, allow_nan=False) + "\n")

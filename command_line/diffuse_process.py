@@ -5,12 +5,15 @@ Process diffraction images of crystals to a merged map of their diffuse scatteri
 The image headers tell stills from rotation data, unless mode says which. Rotation data
 are imported, spots found, all sweeps indexed together and refined by the programs of
 DIALS. Of stills each is indexed by itself (dials.stills_process), then all are refined
-together. The diffuse scattering is then extracted and merged, as by
+together. A mask of faulty and shadowed pixels is made by dials.diffuse_mask and, if
+background.method or images without the crystal are given, a background by
+dials.diffuse_background. With them the diffuse scattering is extracted and merged by
 dials.diffuse_extract and dials.diffuse_merge.
 
 Parameters of DIALS' programs are passed on as find_spots.options="name=value ...", or
 in a file find_spots.phil=name.phil; likewise import, index, stills_process,
-combine_experiments, refine and integrate. Those of our stages are extract.* and merge.*.
+combine_experiments, refine and integrate. Those of our stages are mask.*, background.*,
+extract.* and merge.*.
 
 Everything is written to output.directory, with the log of each program. diffuse.html is
 a page with what is to be known of the run, diffuse.json has the same figures. If a
@@ -26,6 +29,8 @@ Examples::
     stills_process.options="spotfinder.filter.min_spot_size=3"
 
   dials.diffuse_process imported.expt input.mask=pixels.mask output.directory=map
+
+  dials.diffuse_process image_####.cbf background.images.experiments=blank.expt
 """
 
 from __future__ import annotations
@@ -39,7 +44,10 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Iterator, Sequence
+
+import h5py
 
 import libtbx.phil
 from dxtbx.model.experiment_list import ExperimentList
@@ -50,11 +58,21 @@ from dials.array_family import flex
 from dials.util.options import ArgumentParser
 from dials.util.version import dials_version
 from dials_diffuse import symmetry
-from dials_diffuse.command_line import diffuse_extract, diffuse_merge
+from dials_diffuse.background.settings import BackgroundSettings
+from dials_diffuse.command_line import (
+    diffuse_background,
+    diffuse_extract,
+    diffuse_mask,
+    diffuse_merge,
+)
 from dials_diffuse.extraction.settings import ExtractionSettings
-from dials_diffuse.io.inputs import read_mask
+from dials_diffuse.geometry.validation import automatic_tolerance, image_residuals
+from dials_diffuse.io.inputs import load_reflections, read_mask
 from dials_diffuse.io.maps import MapFile
+from dials_diffuse.io.masks import read_masks
+from dials_diffuse.io.observations import ObservationFile
 from dials_diffuse.io.truth import TruthFile
+from dials_diffuse.masks.settings import MaskSettings
 from dials_diffuse.merging.merge import MergingSettings
 from dials_diffuse.process.mode import (
     Series,
@@ -64,7 +82,11 @@ from dials_diffuse.process.mode import (
 )
 from dials_diffuse.process.page import Page
 from dials_diffuse.process.programs import find_program
-from dials_diffuse.process.settings import ProcessSettings, split_arguments
+from dials_diffuse.process.settings import (
+    ProcessSettings,
+    existing,
+    split_arguments,
+)
 from dials_diffuse.process.stages import (
     IMPORTED,
     Stage,
@@ -77,6 +99,9 @@ from dials_diffuse.process.stages import (
 from dials_diffuse.process.summary import (
     crystal_summary,
     extraction_summary,
+    geometry_summary,
+    indexing_summary,
+    mask_summary,
     refinement_summary,
     spots_summary,
 )
@@ -95,6 +120,7 @@ logger = logging.getLogger("dials.diffuse.process")
 phil_scope = load_phil("process")
 
 OWN = "dials.diffuse_"
+UNTRUSTED = "untrusted.phil"
 
 
 def new_record(params: Any) -> dict[str, Any]:
@@ -111,7 +137,8 @@ def new_record(params: Any) -> dict[str, Any]:
         "warnings": [],
         "stages": [],
         **dict.fromkeys(("mode", "reason", "n_images")),
-        **dict.fromkeys(("spots", "refinement", "crystal", "extraction", "merging")),
+        **dict.fromkeys(("spots", "refinement", "crystal", "mask", "background")),
+        **dict.fromkeys(("indexing", "geometry", "extraction", "merging")),
         "truth": None,
     }
 
@@ -159,22 +186,190 @@ def changed_parameters(phil: libtbx.phil.scope, scope: str) -> list[str]:
     ]
 
 
+def quoted(path: str) -> str:
+    """A path as a PHIL value."""
+    return f'"{path}"' if " " in path else path
+
+
+def taken_over(arguments: Sequence[str], *names: str) -> list[str]:
+    """The arguments with some parameters, or scopes if the name ends with a dot."""
+    return [
+        argument
+        for argument in arguments
+        if any(
+            argument.startswith(name if name.endswith(".") else f"{name}=")
+            for name in names
+        )
+    ]
+
+
+def without(arguments: Sequence[str], *names: str) -> list[str]:
+    """The arguments but for some parameters or scopes."""
+    left_out = taken_over(arguments, *names)
+    return [argument for argument in arguments if argument not in left_out]
+
+
+def nproc_argument(params: Any, settings: ProcessSettings) -> list[str]:
+    """The number of processes for a stage that was given none."""
+    if isinstance(params.mp.nproc, int):
+        return []
+    return [f"mp.nproc={settings.nproc}"]
+
+
+def makes_mask(params: Any) -> bool:
+    """Whether dials.diffuse_mask is run."""
+    return params.mask.make and not params.extract.mask
+
+
+def mask_arguments(
+    params: Any, settings: ProcessSettings, changes: libtbx.phil.scope
+) -> list[str]:
+    """The parameters of dials.diffuse_mask, but for untrusted regions."""
+    own = changed_parameters(changes, "mask")
+    files = [settings.mask, *filter(None, params.mask.mask)]
+    extract = changed_parameters(changes, "extract")
+    return [
+        *(f"mask={quoted(name)}" for name in files if name),
+        # first, so that those of the mask itself override them
+        *taken_over(extract, "gain", "trusted_range"),
+        *without(own, "make", "mask", "untrusted."),
+        *nproc_argument(params.mask, settings),
+    ]
+
+
+def untrusted_regions(changes: libtbx.phil.scope) -> str:
+    """The untrusted regions of the mask as PHIL.
+
+    On a command line the parameters of one region would become several.
+    """
+    return "".join(
+        region.as_str()
+        for scope in changes.get("mask").objects
+        if scope.name == "mask"
+        for region in getattr(scope, "objects", ())
+        if region.name == "untrusted"
+    )
+
+
+def mask_stage(
+    params: Any,
+    settings: ProcessSettings,
+    changes: libtbx.phil.scope,
+    record: dict[str, Any],
+) -> Stage:
+    """The mask of the images, by the refined models; its figures go to the record."""
+    arguments = ["refined.expt", *mask_arguments(params, settings, changes)]
+    regions = untrusted_regions(changes)
+    if regions:
+        arguments.append(UNTRUSTED)
+
+    def make(name: str, arguments: list[str], log: str, outputs: Any) -> None:
+        if regions:
+            with atomic_path(UNTRUSTED) as path:
+                path.write_text(regions, encoding="utf-8")
+        parser = diffuse_mask.make_parser()
+        mask_params, _, _ = parse_arguments(parser, arguments)
+        record["mask"] = mask_summary(diffuse_mask.process(mask_params, parser.phil))
+
+    return Stage(
+        name="dials.diffuse_mask",
+        arguments=lambda: arguments,
+        outputs=(params.mask.output.mask, params.mask.output.layers),
+        log=params.output.log,
+        execute=make,
+    )
+
+
+def background_method(params: Any) -> str | None:
+    """images, radial or modal; None for no background.
+
+    Raises:
+        ValueError: The parameters contradict each other.
+    """
+    method = params.background.method
+    if method == "none":  # or None, as PHIL reads method=none
+        method = None
+    if not any(params.background.images.experiments):
+        if method == "images":
+            raise ValueError(
+                "background.method=images needs images without the crystal: "
+                "background.images.experiments=blank.expt"
+            )
+    elif method is None:
+        method = "images"
+    if method and params.extract.background:
+        raise ValueError(
+            f"extract.background={params.extract.background} is a background already: "
+            "leave out background.method and background.images.experiments"
+        )
+    return method
+
+
+def background_arguments(
+    params: Any, settings: ProcessSettings, changes: libtbx.phil.scope
+) -> list[str]:
+    """The parameters of dials.diffuse_background, but for the mask."""
+    own = changed_parameters(changes, "background")
+    extract = changed_parameters(changes, "extract")
+    blanks = filter(None, params.background.images.experiments)
+    return [
+        f"method={background_method(params)}",
+        *(f"images.experiments={quoted(name)}" for name in blanks),
+        *without(own, "method", "images.experiments"),
+        # extraction refuses a background that was made with other corrections
+        *taken_over(extract, "corrections.", "gain", "trusted_range"),
+        f"mp.nproc={settings.nproc}",
+    ]
+
+
+def background_stage(
+    params: Any,
+    settings: ProcessSettings,
+    changes: libtbx.phil.scope,
+    record: dict[str, Any],
+) -> Stage:
+    """The background of the images; its figures go to the record."""
+    own = background_arguments(params, settings, changes)
+
+    def arguments() -> list[str]:
+        mask = params.extract.mask or settings.mask
+        made = record["mask"]
+        if made:
+            mask = made[0]["mask"] if len(made) == 1 else None
+        elif mask and h5py.is_hdf5(mask):
+            mask = None
+        return ["refined.expt", *own, *([f"mask={quoted(mask)}"] if mask else [])]
+
+    def make(name: str, arguments: list[str], log: str, outputs: Any) -> None:
+        parser = diffuse_background.make_parser()
+        background_params, _, _ = parse_arguments(parser, arguments)
+        phil = parser.phil.as_str()
+        record["background"] = diffuse_background.process(background_params, phil)
+
+    return Stage(
+        name="dials.diffuse_background",
+        arguments=arguments,
+        outputs=(params.background.output.background,),
+        log=params.output.log,
+        execute=make,
+    )
+
+
 def extract_stage(
     params: Any, settings: ProcessSettings, changes: libtbx.phil.scope
 ) -> Stage:
-    """Extraction from the refined models."""
-    arguments = [
-        "refined.expt",
-        "refined.refl",
-        *changed_parameters(changes, "extract"),
-    ]
-    if params.extract.mask:
-        arguments = [arg for arg in arguments if not arg.startswith("mask=")]
+    """Extraction from the refined models, with mask and background."""
     mask = params.extract.mask or settings.mask
-    if mask:
-        arguments.append(f"mask={_quoted(mask)}")
-    if not isinstance(params.extract.mp.nproc, int):
-        arguments.append(f"mp.nproc={settings.nproc}")
+    if makes_mask(params):
+        mask = params.mask.output.layers
+    background = params.extract.background
+    if background_method(params):
+        background = params.background.output.background
+    own = without(changed_parameters(changes, "extract"), "mask", "background")
+    arguments = ["refined.expt", "refined.refl", *own]
+    arguments += [f"mask={quoted(mask)}"] if mask else []
+    arguments += [f"background={quoted(background)}"] if background else []
+    arguments += nproc_argument(params.extract, settings)
     return Stage(
         name="dials.diffuse_extract",
         arguments=lambda: arguments,
@@ -182,11 +377,6 @@ def extract_stage(
         log=params.output.log,
         execute=_extract,
     )
-
-
-def _quoted(path: str) -> str:
-    """A path as a PHIL value."""
-    return f'"{path}"' if " " in path else path
 
 
 def _extract(name: str, arguments: list[str], log: str, outputs: Any) -> None:
@@ -283,6 +473,10 @@ def run_all(
 
     first = import_stages(settings, mode)
     stages = (stills_stages if mode == "stills" else rotation_stages)(settings)
+    if makes_mask(params):
+        stages.append(mask_stage(params, settings, changes, record))
+    if background_method(params):
+        stages.append(background_stage(params, settings, changes, record))
     stages += [
         extract_stage(params, settings, changes),
         merge_stage(params, changes, record),
@@ -315,6 +509,24 @@ def complete_record(
     if "dials.diffuse_extract" in done:
         table = params.extract.output.reflections
         record["extraction"] = extraction_summary(table)
+        after = load_imported(params.extract.output.experiments)
+        record["indexing"] = indexing_summary(experiments, after)
+        record["geometry"] = spots_and_models(params, experiments, reflections)
+
+
+def spots_and_models(
+    params: Any, experiments: ExperimentList, reflections: flex.reflection_table
+) -> dict[str, Any] | None:
+    """How far the spots are from the models, by the tolerance of the extraction."""
+    table = SimpleNamespace(filename="refined.refl", data=reflections)
+    images = image_residuals(experiments, load_reflections([table], experiments))
+    settings = ExtractionSettings.from_phil(params.extract).geometry
+    tolerance = settings.tolerance
+    if tolerance is None:
+        with ObservationFile(params.extract.output.reflections) as handle:
+            grid = handle.grid
+        tolerance = automatic_tolerance(images, grid.cell, grid.ndiv)
+    return geometry_summary(images, tolerance, settings.reject_images)
 
 
 def log_record(record: dict[str, Any]) -> None:
@@ -405,20 +617,78 @@ def render(
 ) -> str:
     """The page in HTML."""
     plot = params.merge.output.plot
-    page = Page(record, Path(plot) if plot and record["merging"] else None)
+    picture = Path(plot) if plot and record["merging"] else None
+    page = Page(record, picture, mask_pictures(params, record))
     for title, html in sections:
         page.add_section(title, html)
     return page.render()
 
 
-def check_parameters(params: Any, settings: ProcessSettings) -> None:
+def mask_pictures(params: Any, record: dict[str, Any]) -> list[Path]:
+    """The pictures of the masks that were made, one for each detector."""
+    plots, n_detectors = params.mask.output.plots, len(record["mask"] or ())
+    if not plots:
+        return []
+    return [
+        Path(f"{diffuse_mask.numbered(plots, number)}_total.png")
+        for number in range(1, n_detectors + 1)
+    ]
+
+
+def check_mask_file(path: str) -> None:
+    """Check that a mask can be read, that of dials.generate_mask or one in layers.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    if os.path.isfile(path) and h5py.is_hdf5(path):
+        read_masks(path)
+    else:
+        read_mask(path)
+
+
+def check_mask_and_background(
+    params: Any, settings: ProcessSettings, changes: libtbx.phil.scope
+) -> None:
+    """Check the parameters of mask and background.
+
+    Raises:
+        ValueError: A parameter will not do, or a file does not exist.
+    """
+    if makes_mask(params):
+        for name in filter(None, (settings.mask, *params.mask.mask)):
+            read_mask(name)
+        parser = diffuse_mask.make_parser()
+        arguments = mask_arguments(params, settings, changes)
+        mask_params, _, _ = parse_arguments(parser, arguments)
+        regions = libtbx.phil.parse(untrusted_regions(changes))
+        MaskSettings.from_phil(mask_params, parser.phil.fetch(source=regions))
+        if not (params.mask.output.mask and params.mask.output.layers):
+            raise ValueError("mask.output.mask and mask.output.layers must be names")
+    if background_method(params):
+        for name in filter(None, params.background.images.experiments):
+            existing(name, "background.images.experiments")
+        parser = diffuse_background.make_parser()
+        arguments = background_arguments(params, settings, changes)
+        background_params, _, _ = parse_arguments(parser, arguments)
+        BackgroundSettings.from_phil(background_params)
+        if not params.background.output.background:
+            raise ValueError("background.output.background must be a name")
+
+
+def check_parameters(
+    params: Any, settings: ProcessSettings, changes: libtbx.phil.scope
+) -> None:
     """Check what our own stages will be given, before the programs of DIALS run.
 
     Raises:
-        ValueError: A parameter of extraction or merging, or the mask, will not do.
+        ValueError: A parameter of one of them, or a mask, will not do.
     """
     mask = params.extract.mask or settings.mask
-    ExtractionSettings.from_phil(params.extract, read_mask(mask) if mask else None)
+    if mask:
+        check_mask_file(mask)
+    check_mask_and_background(params, settings, changes)
+    ExtractionSettings.from_phil(params.extract)
     MergingSettings.from_phil(params.merge)
     if not params.merge.output.map:
         raise ValueError("Please give a file name for the map: merge.output.map")
@@ -448,6 +718,23 @@ def check_truth(params: Any) -> None:
                 f"{params.truth} {grid.laue_group.info()}: give the space group of the "
                 "simulation"
             )
+
+
+def make_paths_absolute(params: Any) -> None:
+    """Make the paths of input files absolute, as the current folder will change."""
+    for scope, name in (
+        (params.extract, "mask"),
+        (params.extract, "background"),
+        (params, "truth"),
+    ):
+        if getattr(scope, name):
+            setattr(scope, name, os.path.abspath(getattr(scope, name)))
+    for scope, name in (
+        (params.mask, "mask"),
+        (params.background.images, "experiments"),
+    ):
+        paths = map(os.path.abspath, filter(None, getattr(scope, name)))
+        setattr(scope, name, list(paths))
 
 
 def process(
@@ -503,10 +790,8 @@ def run(
         inputs, rest = split_arguments(args)
         params, options, _ = parse_arguments(parser, rest)
         settings = ProcessSettings.from_phil(params, inputs)
-        for scope, name in ((params.extract, "mask"), (params, "truth")):
-            if getattr(scope, name):
-                setattr(scope, name, os.path.abspath(getattr(scope, name)))
-        check_parameters(params, settings)
+        make_paths_absolute(params)
+        check_parameters(params, settings, parser.diff_phil)
         with working_directory(params.output.directory):
             with logged_work(parser, params, options):
                 process(params, settings, parser.diff_phil)

@@ -1,1 +1,1 @@
-``dials.diffuse_process``: Takes images of stills or rotation data, tells which by their headers, runs DIALS' programs and ours to a merged map, and writes a summary as JSON and as one HTML page.
+``dials.diffuse_process``: Takes images of stills or rotation data, tells which by their headers, runs DIALS' programs and ours (masks and, on request, background included) to a merged map, and writes a summary as JSON and as one HTML page.

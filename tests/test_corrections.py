@@ -14,7 +14,12 @@ from dials.algorithms.integration import Corrections, CorrectionsMulti
 from dials.array_family import flex
 from dials_diffuse import corrections
 from dials_diffuse.extraction.settings import CorrectionSettings
-from dials_diffuse.extraction.tables import normalisation, panel_arrays
+from dials_diffuse.extraction.tables import (
+    correction_factors,
+    normalisation,
+    panel_arrays,
+    pixel_vectors,
+)
 from dials_diffuse.geometry import directions
 
 OFF = CorrectionSettings(
@@ -127,6 +132,59 @@ def test_efficiency_is_that_of_dials(parallax):
         expected = [single.qe(tuple(v), number) for v in e.T]
         np.testing.assert_allclose(found, expected, rtol=1e-12)
         assert np.ptp(found) > 0.01
+
+
+@pytest.mark.parametrize("beam", beams(), ids=["plane", "tilted"])
+def test_factors_of_all_panels_are_those_of_dials(beam):
+    """CorrectionsMulti with the panel of each pixel: lp is 1/P, qe is the efficiency."""
+    detector = make_detector(4, (20, 16), 12, 9.0, parallax=True)
+    thickness = (0.1, 0.32, 0.45, 1.0)
+    for panel, value in zip(detector, thickness):
+        panel.set_thickness(value)
+    factors, directions_of, numbers = [], [], []
+    for number, panel in enumerate(detector):
+        fast, slow = map(np.arange, panel.get_image_size())
+        position, e = pixel_vectors(panel, fast, slow)
+        factors.append(
+            correction_factors(panel, beam, position, e, CorrectionSettings())
+        )
+        directions_of.append(e.reshape(3, -1).T)
+        numbers.append(np.full(fast.size * slow.size, number))
+    found = {
+        name: np.concatenate([f[name].ravel() for f in factors]) for name in factors[0]
+    }
+    s1 = np.concatenate(directions_of) / beam.get_wavelength()
+    number = np.concatenate(numbers)
+    multi = CorrectionsMulti()
+    multi.append(Corrections(beam, detector))
+    first = flex.int(len(number), 0)
+    s1 = flumpy.vec_from_numpy(np.ascontiguousarray(s1))
+    lp = flumpy.to_numpy(multi.lp(first, s1))
+    np.testing.assert_allclose(found["polarization"], 1 / lp, rtol=1e-12)
+
+    def qe(number: np.ndarray) -> np.ndarray:
+        panels = flumpy.from_numpy(number.astype(np.uint64))
+        return flumpy.to_numpy(multi.qe(first, s1, panels))
+
+    np.testing.assert_allclose(found["efficiency"], qe(number), rtol=1e-12)
+    # the panels differ: those of another panel are others
+    assert np.all(np.abs(qe((number + 1) % 4) / found["efficiency"] - 1) > 0.01)
+
+
+def test_factors_that_are_switched_off_are_missing():
+    panel, beam = make_detector(1, (30, 25), 12, 11.0)[0], make_beam()
+    position, e = pixel_vectors(panel, np.arange(30), np.arange(25))
+
+    def names(settings: CorrectionSettings) -> set[str]:
+        return set(correction_factors(panel, beam, position, e, settings))
+
+    everything = {"polarization", "solid_angle", "efficiency", "path"}
+    assert names(CorrectionSettings()) == everything
+    assert names(OFF) == set()
+    for name in everything:
+        off = "vacuum" if name == "path" else False
+        without = dataclasses.replace(CorrectionSettings(), **{name: off})
+        assert names(without) == everything - {name}
 
 
 @pytest.mark.parametrize("mu, thickness", [(0.0, 0.3), (3.9, 0.0)])

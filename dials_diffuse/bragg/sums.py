@@ -42,6 +42,7 @@ from dials_diffuse.geometry.directions import pixel_to_millimeter
 from dials_diffuse.geometry.orientation import frame_model
 from dials_diffuse.grid import Grid
 
+MIN_COVERAGE = 0.8  # of the exclusion region, by pixels and images that were used
 MIN_ZETA = 0.05  # as in DIALS: nearer to the rotation axis, peaks take many images
 NEAR = 2.0  # of the exclusion radius: where the diffuse scattering around is taken
 
@@ -105,8 +106,9 @@ class PeakIntensities:
         weight: For means: M of stills, 1 for rotation.
         n_pixels: Pixels of all images.
         xyz: Mean position, px, px, images, shape (n, 3).
-        complete: Whether the peak lies wholly within the scan and not near the rotation
-            axis; False for stills.
+        complete: Whether the peak lies wholly within the scan, is not near the rotation
+            axis, and has no part of its region masked, untrusted or beside the
+            detector; False for stills.
     """
 
     hkl: np.ndarray
@@ -178,26 +180,28 @@ def peak_intensities(
     xyz = np.stack([rows[axis] / rows["n_pixels"] for axis in "xyz"], axis=-1)
     hkl = points.hkl(rows["key"])
     factor, weight = np.zeros(len(rows)), np.ones(len(rows))
-    zeta = np.ones(len(rows))
+    zeta, coverage = np.ones(len(rows)), np.ones(len(rows))
     for number, experiment in enumerate(experiments):
         mine = rows["id"] == number
+        region = settings.region(experiment, grid)
+        if region is None or not mine.any():
+            continue
+        volume = region.volume(experiment.crystal.get_unit_cell(), hkl[mine])
         if experiment.is_still():
-            region = settings.region(experiment, grid)
-            if region is None or not mine.any():
-                continue
-            volume = region.volume(experiment.crystal.get_unit_cell(), hkl[mine])
             factor[mine] = volume / rows["normalisation"][mine]
             weight[mine] = rows["normalisation"][mine]
             continue
+        coverage[mine] = 1 / volume
         for panel in np.unique(rows["panel"][mine]):
             at = mine & (rows["panel"] == panel)
-            volume, zeta[at] = swept_volume(
+            swept, zeta[at] = swept_volume(
                 experiment.detector[int(panel)], experiment, xyz[at]
             )
-            factor[at] = volume * rows["n_pixels"][at] / rows["normalisation"][at]
-            factor[at] *= experiment.crystal.get_unit_cell().volume()
+            swept *= rows["n_pixels"][at] * experiment.crystal.get_unit_cell().volume()
+            factor[at] = swept / rows["normalisation"][at]
+            coverage[at] *= swept
     whole = zeta >= MIN_ZETA
-    return _combined(rows, xyz, hkl, factor, weight, whole, experiments)
+    return _combined(rows, xyz, hkl, factor, weight, coverage, whole, experiments)
 
 
 def _combined(
@@ -206,6 +210,7 @@ def _combined(
     hkl: np.ndarray,
     factor: np.ndarray,
     weight: np.ndarray,
+    coverage: np.ndarray,
     whole: np.ndarray,
     experiments: ExperimentList,
 ) -> PeakIntensities:
@@ -240,6 +245,7 @@ def _combined(
         n_pixels=pixels.astype(int),
         xyz=np.stack([total(x * n) for x in xyz.T], axis=-1) / pixels[:, None],
         complete=(total(~whole | _at_end(rows, xyz, experiments)) == 0)
+        & (total(coverage) > MIN_COVERAGE)
         & ~is_still[new],
     )
 

@@ -176,7 +176,7 @@ class IndexingSettings:
     """Whether crystals are brought into one indexing setting, and what if in doubt."""
 
     consistent: str = "auto"
-    in_doubt: str = "keep"
+    in_doubt: str = "best"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,23 +51,32 @@ def detector_numbers(experiments: ExperimentList) -> list[int]:
     return numbers
 
 
-def table_keys(experiments: ExperimentList) -> tuple[TableKey, ...]:
-    """The key of each experiment's arrays."""
+def model_keys(
+    experiments: ExperimentList,
+) -> list[tuple[str, tuple[float, ...]]]:
+    """Digest of the detector of each experiment, and the numbers of its beam."""
     digests = [
         hashlib.sha1(json.dumps(detector.to_dict()).encode()).hexdigest()
         for detector in experiments.detectors()
     ]
-    return tuple(
-        TableKey(
-            detector=digests[number],
-            beam=(
+    return [
+        (
+            digests[number],
+            (
                 *experiment.beam.get_s0(),
                 *experiment.beam.get_polarization_normal(),
                 experiment.beam.get_polarization_fraction(),
             ),
-            mask=_mask_digest(experiment.imageset),
         )
         for number, experiment in zip(detector_numbers(experiments), experiments)
+    ]
+
+
+def table_keys(experiments: ExperimentList) -> tuple[TableKey, ...]:
+    """The key of each experiment's arrays."""
+    return tuple(
+        TableKey(detector, beam, _mask_digest(experiment.imageset))
+        for (detector, beam), experiment in zip(model_keys(experiments), experiments)
     )
 
 

@@ -186,10 +186,12 @@ def find_beamstop(
     labels, _ = ndimage.label(plane.reshape(shape)[nearest], np.ones((3, 3)))
     innermost = good & (radius <= radius[good].min() + NEAR)
     central = np.setdiff1d(labels.ravel()[cell[innermost & low]], [0])
-    hidden = np.isin(labels.ravel()[cell[innermost]], central)
-    if len(central) == 0 or hidden.mean() < CENTRAL:
+    if len(central) == 0:
         return found
+    # the beam itself may shine through the middle of the stop
     region = ndimage.binary_fill_holes(np.isin(labels, central))
+    if region.ravel()[cell[innermost]].mean() < CENTRAL:
+        return found
     if border:
         edge = np.zeros_like(plane)
         edge[cell[soft]] = True

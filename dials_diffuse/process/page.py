@@ -33,11 +33,18 @@ class Page:
     Args:
         record: The record of the run, as in diffuse.json.
         picture: PNG of the layers of the map, or None.
+        mask_pictures: PNG of the mask of each detector.
     """
 
-    def __init__(self, record: Mapping[str, Any], picture: Path | None = None) -> None:
+    def __init__(
+        self,
+        record: Mapping[str, Any],
+        picture: Path | None = None,
+        mask_pictures: Sequence[Path] = (),
+    ) -> None:
         self.record = record
         self.picture = picture
+        self.mask_pictures = mask_pictures
         self.sections: list[Section] = []
 
     def add_section(self, title: str, html: str) -> None:
@@ -65,6 +72,7 @@ class Page:
             **self.record,
             plot=merging and embed(plot_shells(merging["shells"]), "svg+xml"),
             picture=self.picture and embed(self.picture.read_bytes(), "png"),
+            mask_pictures=[embed(p.read_bytes(), "png") for p in self.mask_pictures],
             sections=self.sections,
         )
 

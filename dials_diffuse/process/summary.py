@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 import numpy as np
 
 from dxtbx import flumpy
+from dxtbx.model import Experiment
 from dxtbx.model.experiment_list import ExperimentList
 
 from dials.array_family import flex
+from dials_diffuse.geometry.validation import ImageResiduals, images_to_reject
 from dials_diffuse.io.observations import ObservationFile
 from dials_diffuse.process.stages import STILLS_FOLDER
 from dials_diffuse.util.compat import oscillation_width
@@ -118,6 +120,82 @@ def crystal_summary(experiments: ExperimentList) -> dict[str, Any]:
         "unit_cell": cells.mean(axis=0).tolist(),
         "unit_cell_sd": cells.std(axis=0).tolist(),
         "space_group": ", ".join(sorted(groups)),
+    }
+
+
+def mask_summary(detectors: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The numbers of masked pixels of each detector, in all and by layer.
+
+    Args:
+        detectors: The figures of ``dials.diffuse_mask``, which has those of each panel.
+    """
+    keys = ("mask", "n_images", "n_pixels", "n_masked")
+    layer_keys = ("name", "meaning", "n_pixels", "n_only")
+    return [
+        {
+            **{key: detector[key] for key in keys},
+            "layers": [{k: x[k] for k in layer_keys} for x in detector["layers"]],
+        }
+        for detector in detectors
+    ]
+
+
+def indexing_summary(
+    before: ExperimentList, after: ExperimentList
+) -> dict[str, Any] | None:
+    """How many experiments extraction has reindexed or left out.
+
+    With a* b* c* before and after in the columns of A and A', A' = A M, the operator
+    M is the identity where nothing was changed.
+
+    Args:
+        before: The refined experiments.
+        after: The extracted ones, with the same identifiers.
+
+    Returns:
+        None if there is one crystal only.
+    """
+    if len(before.crystals()) < 2:
+        return None
+    setting = {e.identifier: _setting(e) for e in before if e.crystal is not None}
+    changes = [np.linalg.solve(setting[e.identifier], _setting(e)) for e in after]
+    n_reindexed = sum(np.abs(m - np.eye(3)).max() > 0.5 for m in changes)
+    return {
+        "n_experiments": len(setting),
+        "n_reindexed": int(n_reindexed),
+        "n_left_out": len(setting) - len(after),
+    }
+
+
+def _setting(experiment: Experiment) -> np.ndarray:
+    return np.array(experiment.crystal.get_A()).reshape(3, 3)
+
+
+def geometry_summary(
+    images: ImageResiduals, tolerance: float, reject: bool
+) -> dict[str, Any] | None:
+    """How far the indexed spots are from their Bragg positions, in 1/Å.
+
+    Args:
+        images: The distances, by image.
+        tolerance: Largest mean distance of an image in order, Å⁻¹.
+        reject: Whether the others are left out.
+
+    Returns:
+        None if there are no spots.
+    """
+    if len(images) == 0:
+        return None
+    n = images.n_spots
+    return {
+        "n_images": len(images),
+        "n_spots": int(n.sum()),
+        "mean_distance": float(np.average(images.mean, weights=n)),
+        "largest_mean_distance": float(images.mean.max()),
+        "rms_delta_hkl": float(np.sqrt(np.average(images.rms_hkl**2, weights=n))),
+        "tolerance": float(tolerance),
+        "n_images_beyond": len(images_to_reject(images, tolerance)),
+        "rejected": reject,
     }
 
 

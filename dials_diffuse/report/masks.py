@@ -72,8 +72,8 @@ def plot_layer(made: MadeMask, name: str, title: str) -> Figure:
     """
     masked = flatten(made.layers[name] if name != "total" else [~g for g in made.good])
     row, column, shape, size = picture_cells(made)
-    extent = _extent(made, shape, size)
-    figure = Figure(figsize=(8.6, 8.6 * _aspect(shape) + 0.9), layout="constrained")
+    extent = picture_extent(made, shape, size)
+    figure = Figure(figsize=(8.6, 8.6 * aspect(shape) + 0.9), layout="constrained")
     ax = figure.subplots()
     _draw_image(ax, made, row, column, shape, extent)
     share = to_picture(masked.astype(float), row, column, shape)
@@ -85,7 +85,7 @@ def plot_layer(made: MadeMask, name: str, title: str) -> Figure:
     )
     if name in DYNAMIC_LAYERS:
         _mark_pixels(ax, made, masked)
-    _draw_rings(ax, made, extent)
+    draw_rings(ax, made, extent)
     ax.plot(0, 0, "+", color="#1f77b4", ms=12, mew=1.5)
     ax.set_xlim(extent[:2])
     ax.set_ylim(extent[2:])
@@ -95,11 +95,11 @@ def plot_layer(made: MadeMask, name: str, title: str) -> Figure:
     return figure
 
 
-def _aspect(shape: tuple[int, int]) -> float:
+def aspect(shape: tuple[int, int]) -> float:
     return min(max(shape[0] / shape[1], 0.3), 1.6)
 
 
-def _extent(
+def picture_extent(
     made: MadeMask, shape: tuple[int, int], size: float
 ) -> tuple[float, float, float, float]:
     """Limits of a picture in pixels from the beam: left, right, bottom, top."""
@@ -150,7 +150,7 @@ def _mark_pixels(ax: Axes, made: MadeMask, masked: np.ndarray) -> None:
         )
 
 
-def _draw_rings(
+def draw_rings(
     ax: Axes, made: MadeMask, extent: tuple[float, float, float, float]
 ) -> None:
     """Circles of equal resolution, labelled with d in Å."""

@@ -3,24 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 import pytest
-from truth_ladder import SMALL, vary
+from scipy.spatial.transform import Rotation
+from simulate_images import (
+    make_beam,
+    make_crystal,
+    make_detector,
+    make_goniometer,
+    make_scan,
+)
+from truth_ladder import (
+    SMALL,
+    extraction_settings,
+    report,
+    simulated_experiments,
+    vary,
+)
 
 from cctbx import uctbx
+from dxtbx.model import Experiment
 
-from dials_diffuse import symmetry
 from dials_diffuse.bragg.points import PointGrid
-from dials_diffuse.bragg.sums import add_surroundings
+from dials_diffuse.bragg.sums import (
+    add_surroundings,
+    merged_intensities,
+    swept_volume,
+)
+from dials_diffuse.extraction.extract import extract
 from dials_diffuse.extraction.loop import SUMS
+from dials_diffuse.extraction.reference import make_grid
 from dials_diffuse.extraction.settings import BraggSettings
+from dials_diffuse.geometry.directions import lab_coordinates
+from dials_diffuse.geometry.orientation import rotation_axis
 from dials_diffuse.grid import Grid
 from dials_diffuse.simulation.simulate import Simulation
-from dials_diffuse.simulation.structure import BraggIntensities
 
 GRID = Grid((9.0, 11.0, 13.0, 90, 90, 90), (3, 2, 4), "C 2 2 (x,y,z)", d_min=2.0)
-SPHERE = BraggSettings(semi_axes=(0.0105,) * 3, unit="inverse_angstrom")
 
 
 def test_points_follow_the_voxels():
@@ -57,7 +78,7 @@ def row(key, counts, normalisation, background=0.0):
 def test_surroundings_are_those_of_the_same_cell():
     points = PointGrid(GRID)
     hkl = np.array([[1, 1, 1], [2, 0, 0], [3, 1, 0]])
-    near, far = np.array([[4, 2, 4]]), np.array([[4, 2, 6]])  # of 1 1 1: dh 1/3, 1/2
+    near, far = np.array([[4, 2, 4]]), np.array([[4, 2, 5]])  # of 1 1 1
     other = np.array([[6, 1, 0]])  # of 2 0 0 or 2 1 0
     rows = np.concatenate(
         [
@@ -68,7 +89,7 @@ def test_surroundings_are_those_of_the_same_cell():
         ]
     )
     found = rows.copy()
-    metric = (36.0, 36.0, 36.0, 0.0, 0.0, 0.0)
+    metric = (30.0, 30.0, 30.0, 0.0, 0.0, 0.0)  # 1.8 and 2.3 radii away
     add_surroundings(found, points, metric)
     np.testing.assert_array_equal(found[:3], rows[:3])
     assert found["background"][3] == pytest.approx(1.0 + 2.0 * (50.0 - 10.0) / 10.0)
@@ -79,23 +100,193 @@ def test_surroundings_are_those_of_the_same_cell():
     assert found["background"][3] == pytest.approx(1.0 + 2.0 * 940.0 / 20.0)
 
 
+def seen_volume(s: tuple[float, float], axis_to_beam: float, wavelength: float):
+    """Volume of a shell of reciprocal space that meets the Ewald sphere in a rotation.
+
+    Of the points at s = 2 sin(theta)/wavelength, those with a fraction cos(theta)
+    |m2 x e0| of all directions, whatever the angle between axis and beam: the rest is
+    in the blind region.
+
+        V = 4 pi |m2 x e0| int s^2 sqrt(1 - (a s)^2) ds,    a = wavelength/2
+
+    Args:
+        s: Limits of the shell, 1/Å.
+        axis_to_beam: |m2 x e0|.
+        wavelength: Å.
+    """
+    x = np.array(s) * wavelength / 2
+    integral = (x * np.sqrt(1 - x**2) * (2 * x**2 - 1) + np.arcsin(x)) / 8
+    return 4 * np.pi * axis_to_beam * np.diff(integral)[0] * (2 / wavelength) ** 3
+
+
+@pytest.mark.parametrize("kind", ["single", "general", "kappa"])
+@pytest.mark.parametrize("turn", [(0, 0, 0), (12, -9, 30)], ids=["flat", "tilted"])
+def test_a_whole_rotation_sweeps_the_seen_volume_twice(kind, turn):
+    """The Lorentz factor of volumes: every point meets the Ewald sphere twice."""
+    n_images, n, pixel, distance = 3, 720, 0.1, 20.0
+    detector = make_detector(1, (n, n), distance, pixel=(pixel, pixel))
+    rotation = Rotation.from_euler("xyz", turn, True)
+    corner = (-n * pixel / 2, n * pixel / 2, -distance)
+    detector[0].set_frame(*(rotation.apply(v) for v in ((1, 0, 0), (0, -1, 0), corner)))
+    experiment = Experiment(
+        beam=make_beam(),
+        detector=detector,
+        goniometer=make_goniometer(kind),
+        scan=make_scan(n_images, 360 / n_images),
+        crystal=make_crystal(),
+    )
+    centre = np.arange(n) + 0.5
+    x, y, z = np.meshgrid(centre, centre, np.arange(n_images) + 0.5, indexing="ij")
+    xyz = np.stack([x.ravel(), y.ravel(), z.ravel()], axis=-1)
+    volume, zeta = swept_volume(detector[0], experiment, xyz)
+    r = lab_coordinates(detector[0], centre - 0.5, centre - 0.5, parallax=False)
+    e0 = np.array(experiment.beam.get_unit_s0())
+    e = (r / np.linalg.norm(r, axis=0)).reshape(3, -1)
+    wavelength = experiment.beam.get_wavelength()
+    s = np.linalg.norm(e - e0[:, None], axis=0) / wavelength
+    per_pixel = volume.reshape(n, n, n_images).sum(axis=2).T.ravel()  # slow, fast
+    axis = rotation_axis(experiment, 0)
+    for shell in ((0.2, 0.45), (0.45, 0.7)):
+        inside = (s >= shell[0]) & (s < shell[1])
+        found = per_pixel[inside].sum()
+        across = np.linalg.norm(np.cross(axis, e0))
+        expected = 2 * seen_volume(shell, across, wavelength)
+        assert found == pytest.approx(expected, rel=1e-3)
+        print(f"swept volume over that of the shell: {found / expected - 1:+.5f}")
+    assert np.all((zeta >= 0) & (zeta < 1 + 1e-12))
+
+
 PEAKS = vary(
     SMALL,
-    n_images=360,
+    n_images=120,
     crystal={"unit_cell": uctbx.unit_cell((20, 21, 22, 90, 90, 90))},
-    bragg={"on": True, "sigma": 0.0024, "mosaicity": 0.02},
-    detector={"size": (360, 360), "pixel": 0.2},
-    scan={"width": 0.5},
-    grid={"ndiv": (4, 4, 4), "d_min": 2.4},
+    bragg={"on": True, "sigma": 0.0018, "mosaicity": 0.02},
+    # no pixel is overloaded: it would be missing in the sum of its peak
+    detector={"size": (360, 360), "pixel": 0.2, "count_cutoff": 2_000_000_000},
+    scan={"width": 0.5, "exposure": 1.0},
+    grid={"ndiv": (4, 4, 4), "d_min": 2.3},
 )
+# All the way round: a point that the stills leave before they have seen all of it has
+# too low an intensity, by 5 % in the mean over those within 60 degrees.
+STILLS = vary(PEAKS, mode="stills", n_images=360, scan={"width": 1.0})
+WHOLE = 0.42  # 1/Å: peaks farther out are cut by the limit of the grid
+
+
+class Images:
+    """The expected photons of a simulation, extracted as they are or as counts."""
+
+    def __init__(self, settings) -> None:
+        self.simulation = Simulation(settings)
+        self.series = self.simulation.series[0]
+        self.photons = [
+            self.simulation.photons(self.series, i) for i in range(self.series.n_images)
+        ]
+
+    def peaks(self, folder, radius=0.0105, flux=None):
+        """Bragg intensities, per unit of the flux of the simulation.
+
+        Args:
+            folder: For files.
+            radius: Of the exclusion, 1/Å.
+            flux: Of Poisson counts, as a fraction of that of the simulation; None for
+                expected photons.
+        """
+        rng = np.random.default_rng(7)
+
+        def image(series, i):
+            if flux is None:
+                return self.photons[i]
+            return [rng.poisson(p * flux).astype(np.int32) for p in self.photons[i]]
+
+        experiments = simulated_experiments(self.simulation, image=image)
+        bragg = BraggSettings(semi_axes=(radius,) * 3, unit="inverse_angstrom")
+        settings = extraction_settings(self.simulation, bragg)
+        grid = make_grid(experiments, settings)
+        peaks = extract(experiments, grid, settings, folder / "extracted.refl").peaks
+        k = flux or 1.0
+        scaled = {
+            name: getattr(peaks, name) / k**power
+            for name, power in (("intensity", 1), ("background", 1), ("variance", 2))
+        }
+        return dataclasses.replace(peaks, **scaled), experiments, grid
 
 
 def true_intensities(simulation: Simulation, grid: Grid, hkl: np.ndarray):
     """K |F|² of the simulation."""
-    index, f2 = BraggIntensities.all(simulation.sample.contents, grid.d_min)
-    unique = symmetry.map_to_asu(index, grid.laue_group)
-    known = {tuple(h): value for h, value in zip(unique, f2)}
-    wanted = symmetry.map_to_asu(hkl, grid.laue_group)
-    return simulation.sample.power * np.array(
-        [known.get(tuple(h), np.nan) for h in wanted]
+    values = simulation.sample.bragg.at(*hkl.T)
+    return simulation.sample.power * values.astype(float)
+
+
+class Merged(NamedTuple):
+    """Merged |F|², variances, and true values, of reflections inside ``WHOLE``."""
+
+    found: np.ndarray
+    variance: np.ndarray
+    true: np.ndarray
+
+    def ratio(self, weak: bool = False) -> float:
+        """Ratio of the sums; of the weaker half of the reflections alone, or all."""
+        use = self.true <= np.median(self.true) if weak else slice(None)
+        return float(np.sum(self.found[use]) / np.sum(self.true[use]))
+
+
+def merged(images: Images, peaks, experiments, grid) -> Merged:
+    hkl, found, variance = merged_intensities(peaks, experiments)
+    true = true_intensities(images.simulation, grid, hkl)
+    whole = Grid(grid.unit_cell, (1, 1, 1), grid.space_group, grid.d_min)
+    use = (whole.s(hkl) < WHOLE) & (true > 0)
+    assert np.count_nonzero(use) > 500
+    return Merged(found[use], variance[use], true[use])
+
+
+def without_subtraction(peaks):
+    """What is found if nothing is taken off for the scattering under the peaks."""
+    return dataclasses.replace(peaks, intensity=peaks.intensity + peaks.background)
+
+
+@pytest.fixture(scope="module", params=["rotation", "stills"])
+def images(request):
+    return Images(PEAKS if request.param == "rotation" else STILLS)
+
+
+@pytest.mark.slow
+def test_intensities_are_the_true_ones(images, tmp_path):
+    """Weighted mean within 2 %; controls: surroundings, radius, exposure of stills."""
+    mode = images.simulation.settings.mode
+    right = images.peaks(tmp_path)
+    found = merged(images, *right)
+    report(f"Bragg, {mode}", ratio=found.ratio(), weak=found.ratio(weak=True))
+    assert found.ratio() == pytest.approx(1.0, abs=0.02)
+    assert found.ratio(weak=True) == pytest.approx(1.0, abs=0.05)
+
+    peaks, experiments, grid = right
+    control = merged(images, without_subtraction(peaks), experiments, grid)
+    report(
+        f"control, Bragg without subtraction, {mode}",
+        ratio=control.ratio(),
+        weak=control.ratio(weak=True),
     )
+    assert control.ratio(weak=True) > 1.2
+    narrow = merged(images, *images.peaks(tmp_path, radius=0.0035))
+    report(f"control, Bragg with a narrow exclusion, {mode}", ratio=narrow.ratio())
+    assert narrow.ratio() < 0.9
+
+
+@pytest.mark.slow
+def test_errors_of_intensities_are_those_of_counting(images, tmp_path):
+    """Counts against expected photons of the same images: pulls of unit variance."""
+    expected = merged(images, *images.peaks(tmp_path))
+    noisy = merged(images, *images.peaks(tmp_path, flux=1e-4))
+    np.testing.assert_array_equal(noisy.true, expected.true)
+    pulls = (noisy.found - expected.found) / np.sqrt(noisy.variance)
+    mode = images.simulation.settings.mode
+    report(
+        f"Bragg with noise, {mode}",
+        ratio=noisy.ratio(),
+        mean_pull=np.mean(pulls),
+        rms_pull=np.std(pulls),
+        counts=np.median(expected.found / np.sqrt(noisy.variance)),
+    )
+    assert noisy.ratio() == pytest.approx(1.0, abs=0.02)
+    assert abs(np.mean(pulls)) < 0.2
+    assert 0.85 < np.std(pulls) < 1.15

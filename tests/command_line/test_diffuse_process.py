@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 from pathlib import Path
 
 import h5py
@@ -24,7 +25,10 @@ from dials_diffuse.command_line import (
     diffuse_process,
     diffuse_simulate,
 )
+from dials_diffuse.io.background import BackgroundFile
+from dials_diffuse.io.inputs import read_mask, write_mask
 from dials_diffuse.io.maps import read_map
+from dials_diffuse.io.masks import MaskFile
 from dials_diffuse.io.observations import ObservationFile
 
 EXTRACT = ["extract.grid.d_min=2.0", "extract.bragg.exclusion=none", "mp.nproc=1"]
@@ -106,20 +110,28 @@ def test_from_images_to_the_page(fake_dials, tmp_path):
     assert record["mode"] == "rotation"
     assert record["reason"] == "4 images of 0.5 degrees in 1 sweep"
     assert record["n_images"] == 4
-    names = ["import", "find_spots", "index", "refine", "diffuse_extract"]
-    names = [f"dials.{name}" for name in [*names, "diffuse_merge"]]
+    names = ["import", "find_spots", "index", "refine", "diffuse_mask"]
+    names = [f"dials.{name}" for name in [*names, "diffuse_extract", "diffuse_merge"]]
     assert [stage["name"] for stage in record["stages"]] == names
     assert {stage["state"] for stage in record["stages"]} == {"done"}
     assert record["spots"]["n_found"] == record["spots"]["n_indexed"] == 20
     assert record["refinement"]["n_reflections"] == 20
     assert len(record["merging"]["shells"]) == 3
     assert record["error"] is None
+    (mask,) = record["mask"]
+    assert mask["n_pixels"] == 3000
+    assert mask["n_masked"] == np.count_nonzero(
+        ~read_mask(str(out / "diffuse.mask"))[0]
+    )
+    assert record["background"] is record["indexing"] is None
+    assert record["geometry"]["n_spots"] == 20
+    assert record["geometry"]["n_images_beyond"] == record["geometry"]["n_images"]
     assert any("do not describe these images" in w for w in record["warnings"])
 
     page = (out / "diffuse.html").read_text()
     assert "4 images of 0.5 degrees in 1 sweep" in page
     assert "do not describe these images" in page
-    assert page.count("data:image/") == 2
+    assert page.count("data:image/") == 3
     log = (out / "dials.diffuse_process.log").read_text()
     assert "Rotation: 4 images of 0.5 degrees in 1 sweep" in log
     assert "Completeness to 2.0" in log
@@ -168,6 +180,101 @@ def test_mask_is_used_for_spots_and_extraction(fake_dials):
         arguments = (Path(name) / "dials.find_spots.args").read_text()
         assert ("half.mask" in arguments) == (name == "mask")
     assert 0.3 < n_pixels["mask"] / n_pixels["no_mask"] < 0.7
+
+
+def command_of(name: str, folder: str = ".") -> list[str]:
+    """The recorded arguments of a stage, none if it was not run."""
+    record = json.loads((Path(folder) / "diffuse.json").read_text())
+    commands = [s["command"] for s in record["stages"] if s["name"] == name]
+    return shlex.split(commands[0])[1:] if commands else []
+
+
+def test_all_masks_go_into_one(fake_dials):
+    """A file, a rectangle of two parameters and the resolution: each has its layer."""
+    good = np.ones((50, 60), dtype=bool)
+    good[:10] = False
+    write_mask("rows.mask", [good])
+    diffuse_process.run(
+        [*fake_dials, *EXTRACT, "output.directory=out", "input.mask=rows.mask"]
+        + ["mask.untrusted.rectangle=0,4,20,30", "mask.d_min=2.5"]
+        + ["mask.pixels.find=None", "extract.trusted_range=0,1000"]
+    )
+    with MaskFile("out/diffuse_mask.h5") as handle:
+        assert np.count_nonzero(handle.layer("file")[0]) == 10 * 60
+        shapes = np.zeros_like(good)
+        shapes[20:30, :4] = True
+        np.testing.assert_array_equal(handle.layer("shapes")[0], shapes)
+        assert handle.layer("resolution")[0].any()
+        (total,) = handle.good()
+    arguments = command_of("dials.diffuse_mask", "out")
+    assert "trusted_range=0 1000" in arguments
+    assert arguments[-1] == "untrusted.phil"
+    assert "mask=diffuse_mask.h5" in command_of("dials.diffuse_extract", "out")
+
+    # the same pixels as by the mask alone
+    diffuse_process.run(
+        [
+            *fake_dials,
+            *EXTRACT,
+            "output.directory=b",
+            "extract.mask=out/diffuse_mask.h5",
+        ]
+        + ["extract.trusted_range=0,1000"]
+    )
+    assert command_of("dials.diffuse_mask", "b") == []
+    records = [json.loads(Path(d, "diffuse.json").read_text()) for d in ("out", "b")]
+    assert records[1]["mask"] is None
+    a, b = (record["extraction"]["n_pixels"] for record in records)
+    assert a == b > 0
+    assert np.count_nonzero(total) < 0.9 * good.size
+
+
+def test_without_a_mask(fake_dials):
+    diffuse_process.run([*fake_dials, *EXTRACT, "mask.make=False"])
+    assert not Path("diffuse_mask.h5").exists()
+    assert not any("mask" in a for a in command_of("dials.diffuse_extract"))
+
+
+def test_radial_background(fake_dials):
+    """It is taken off with the corrections of the extraction, and shown."""
+    diffuse_process.run(
+        [
+            *fake_dials,
+            *EXTRACT,
+            "background.method=radial",
+            "background.radial.step=0.05",
+        ]
+        + ["extract.corrections.path=helium"]
+    )
+    arguments = command_of("dials.diffuse_background")
+    assert {"method=radial", "mask=diffuse.mask"} < set(arguments)
+    assert any(argument.startswith("corrections.path=") for argument in arguments)
+    assert "background=diffuse_background.h5" in command_of("dials.diffuse_extract")
+    record = json.loads(Path("diffuse.json").read_text())
+    assert record["background"]["method"] == "radial"
+    # the images have no structure on average: nothing is left
+    shells = record["background"]["sample"]["shells"]
+    left = sum(x["residual"] * x["n_pixels"] for x in shells)
+    assert abs(left) < 0.1 * sum(x["measured"] * x["n_pixels"] for x in shells)
+    statistics = record["merging"]["overall"]
+    assert abs(statistics["mean_intensity"]) > 0
+    assert "the isotropic part" in Path("diffuse.html").read_text()
+
+
+def test_blank_images_are_taken_for_the_background(fake_dials, tmp_path):
+    blanks = import_images(
+        [Path(p) for p in rotation_images(tmp_path, prefix="blank")], lambda i: None
+    )
+    blanks.as_file("blank.expt")
+    diffuse_process.run(
+        [*fake_dials, *EXTRACT, "background.images.experiments=blank.expt"]
+        + ["output.directory=out"]
+    )
+    arguments = command_of("dials.diffuse_background", "out")
+    assert f"images.experiments={tmp_path / 'blank.expt'}" in arguments
+    with BackgroundFile("out/diffuse_background.h5") as handle:
+        assert handle.method == "images"
+        assert handle.n_bases > 0
 
 
 def test_imported_experiments(fake_dials, tmp_path):
@@ -234,6 +341,14 @@ def test_stills_are_no_rotation_data_even_if_mode_says_so(fake_dials, tmp_path):
         (["extract.bragg.semi_axes=1,2"], "semi_axes"),
         (["input.mask=image_0001.cbf"], "Cannot read the mask"),
         (["merge.output.map=None"], "merge.output.map"),
+        (["mask.mask=none.mask"], "Cannot read the mask .*none.mask"),
+        (["mask.output.layers=None"], "mask.output.layers"),
+        (["mask.untrusted.polygon=1,2,3"], "untrusted.polygon=1,2,3"),
+        (["mask.trusted_range=5,1"], "trusted_range needs the smaller value first"),
+        (["background.method=images"], "needs images without the crystal"),
+        (["background.images.experiments=no.expt"], "no.expt does not exist"),
+        (["background.method=radial", "background.radial.step=9"], "step"),
+        (["background.method=radial", "extract.background=b.h5"], "b.h5 is a back"),
         (["output.directory=image_0001.cbf"], "output.directory=image_0001.cbf"),
         (["integrate=True"], "integrate=True is for rotation data, not stills"),
     ],

@@ -63,7 +63,7 @@ def test_every_parameter_arrives():
         bragg.absent=True
         phi_sampling=spread
         indexing.consistent=none
-        indexing.in_doubt=best
+        indexing.in_doubt=keep
         geometry.reject_images=True
         geometry.tolerance=0.01
         gain=2
@@ -80,7 +80,7 @@ def test_every_parameter_arrives():
         block_width=0.3,
         phi_sampling="spread",
         bragg=BraggSettings("none", (0.1, 0.2, 0.3), "inverse_angstrom", absent=True),
-        indexing=IndexingSettings("none", "best"),
+        indexing=IndexingSettings("none", "keep"),
         geometry=GeometrySettings(True, 0.01),
         corrections=CorrectionSettings(
             False, False, False, "helium", 100, 5, False, 0.7, (1, 0, 0)

@@ -143,3 +143,15 @@ def test_dark_corner_beside_a_hole_for_the_beam_is_no_beamstop():
     assert not find(image, good).any()
     image[np.hypot(x, y) < 45] *= 0.2  # a stop that is wider than the hole
     assert find(image, good)[good & (np.hypot(x, y) < 44)].mean() > 0.95
+
+
+def test_stop_through_which_the_beam_shines():
+    """Detectors behind a thin stop see the attenuated beam: bright in the dark."""
+    image = smooth_image()
+    y, x = np.indices(image.shape) - 99.5
+    r = np.hypot(x, y)
+    image[r < 14] *= 0.1
+    image[r < 4.5] = 2000
+    found = find(image)
+    assert found[r < 13].all()
+    assert found[r > 17].sum() == 0

@@ -68,6 +68,34 @@ def record():
             "unit_cell_sd": [0.0] * 6,
             "space_group": "P 1 21 1",
         },
+        "mask": [
+            {
+                "mask": "diffuse.mask",
+                "n_images": 60,
+                "n_pixels": 2000,
+                "n_masked": 50,
+                "layers": [
+                    {"name": n, "meaning": m, "n_pixels": i, "n_only": j}
+                    for n, m, i, j in (
+                        ("gaps", "below", 40, 39),
+                        ("hot", "too many", 11, 10),
+                        ("dead", "no photons", 0, 0),
+                    )
+                ],
+            }
+        ],
+        "background": None,
+        "indexing": {"n_experiments": 6, "n_reindexed": 2, "n_left_out": 1},
+        "geometry": {
+            "n_images": 60,
+            "n_spots": 900,
+            "mean_distance": 0.00123,
+            "largest_mean_distance": 0.004,
+            "rms_delta_hkl": 0.045,
+            "tolerance": 0.003,
+            "n_images_beyond": 4,
+            "rejected": True,
+        },
         "extraction": {
             "n_experiments": 1,
             "n_observations": 4321,
@@ -115,9 +143,10 @@ class TextOf(HTMLParser):
 
 
 def test_all_is_on_the_page(record, tmp_path):
-    picture = tmp_path / "merged.png"
+    picture, mask = tmp_path / "merged.png", tmp_path / "mask.png"
     picture.write_bytes(PNG)
-    html = Page(record, picture).render()
+    mask.write_bytes(b"\x89PNG of a mask")
+    html = Page(record, picture, [mask]).render()
     text = TextOf(html).text
     for expected in (
         "Diffuse scattering: a<b_0001.cbf",
@@ -131,13 +160,20 @@ def test_all_is_on_the_page(record, tmp_path):
         "10.00, 20.00, 30.00, 90.00, 95.50, 90.00",
         "0.12 px (x), 0.34 px (y), 0.056° (rotation), 876 reflections",
         "2 × 3 × 4 voxels per reciprocal cell, Laue group P 1 2/m 1, to 1.60 Å",
+        "50 of 2000 pixels masked (2.5 %), by the models and 60 images; red in the",
+        "gaps 40 39 below hot 11 10 too many",
+        "2 of 6 experiments reindexed to that of the others, 1 left out",
+        "0.00123 Å⁻¹ on average of 900 spots, rms |Δhkl| 0.045; 4 of 60 images beyond "
+        "0.00300 Å⁻¹, left out",
         "4321 of voxels, by 1 sweep",
         "20.00 3.00 777 333 87.5 2.25 1.234e+03 4.50 0.500",
         "3.00 2.00 777 333 0.0 2.25 – 4.50 –",
     ):
         assert expected in text
     assert 'href="dials.import.log"' in html
-    assert base64.b64encode(PNG).decode() in html
+    assert "no photons" not in text  # layers that mask nothing are left out
+    for content in (PNG, b"\x89PNG of a mask"):
+        assert base64.b64encode(content).decode() in html
 
 
 def test_the_page_needs_no_network(record):
@@ -146,6 +182,18 @@ def test_the_page_needs_no_network(record):
     assert len(sources) > 1
     for source in sources:
         assert source.startswith("data:image/") or source.endswith(".log")
+
+
+def test_background(record):
+    shell = {"s": 0.25, "measured": 12.5, "background": 10.25, "residual": 2.25}
+    record["background"] = {
+        "method": "radial",
+        "removes": "all of <it>",
+        "sample": {"name": "Image 3 of experiment 1", "shells": [shell]},
+    }
+    text = TextOf(Page(record).render()).text
+    assert "method=radial takes off all of <it>: image 3 of experiment 1" in text
+    assert "4.00 12.5 10.25 2.25" in text
 
 
 def test_stills(record):
@@ -160,8 +208,9 @@ def test_stills(record):
 
 
 def test_a_run_that_failed(record):
-    for key in ("spots", "refinement", "crystal", "extraction", "merging"):
+    for key in ("spots", "refinement", "crystal", "mask", "indexing", "geometry"):
         record[key] = None
+    record["extraction"] = record["merging"] = None
     record["stages"][0]["state"] = "failed"
     record["error"] = "dials.import failed (exit status 1): no <images>"
     html = Page(record).render()

@@ -4,13 +4,18 @@ import numpy as np
 import pytest
 from simulate_images import cbf_models, make_crystal, make_goniometer, make_scan
 
+from cctbx import sgtbx
 from dxtbx import flumpy
 from dxtbx.model import Beam, Experiment
 from dxtbx.model.experiment_list import ExperimentList
 
 from dials.array_family import flex
+from dials_diffuse.geometry.validation import ImageResiduals
 from dials_diffuse.process.summary import (
     crystal_summary,
+    geometry_summary,
+    indexing_summary,
+    mask_summary,
     refinement_summary,
     spots_summary,
 )
@@ -106,3 +111,50 @@ def test_no_spots(tmp_path):
     reflections()[:0].as_file(str(tmp_path / "strong.refl"))
     found = spots_summary("rotation", tmp_path, 10)
     assert (found["n_found"], found["fraction_indexed"]) == (0, 0)
+
+
+def four_crystals() -> ExperimentList:
+    result = ExperimentList()
+    for i in range(4):
+        result.append(Experiment(identifier=str(i), crystal=make_crystal()))
+    return result
+
+
+def test_reindexed_and_left_out_experiments():
+    """One of four is reindexed, another left out; small shifts do not matter."""
+    before, after = (four_crystals() for _ in range(2))
+    operator = sgtbx.change_of_basis_op("-h,-k,l")
+    after[1].crystal = after[1].crystal.change_basis(operator)
+    after[2].crystal.set_A([1.001 * x for x in after[2].crystal.get_A()])
+    del after[0]
+    expected = {"n_experiments": 4, "n_reindexed": 1, "n_left_out": 1}
+    assert indexing_summary(before, after) == expected
+    assert indexing_summary(before[:1], after[:1]) is None
+
+
+def test_distances_are_weighted_by_spots():
+    images = ImageResiduals(
+        experiment=np.array([0, 1, 2]),
+        array_index=np.zeros(3, dtype=int),
+        n_spots=np.array([10, 20, 10]),
+        mean=np.array([0.001, 0.002, 0.007]),
+        largest=np.array([0.002, 0.004, 0.01]),
+        shift=np.zeros(3),
+        rms_hkl=np.array([0.1, 0.1, 0.3]),
+    )
+    found = geometry_summary(images, 0.005, True)
+    assert found["n_spots"] == 40
+    assert found["mean_distance"] == pytest.approx(0.003)
+    assert found["largest_mean_distance"] == 0.007
+    assert found["rms_delta_hkl"] == pytest.approx(np.sqrt((0.1**2 * 3 + 0.3**2) / 4))
+    assert found["n_images_beyond"] == 1
+    assert found["rejected"]
+    nothing = ImageResiduals(*(np.zeros(0) for _ in range(7)))
+    assert geometry_summary(nothing, 0.005, True) is None
+
+
+def test_mask_without_its_panels():
+    layer = {"name": "hot", "meaning": "too many", "n_pixels": 3, "n_only": 2}
+    detector = {"mask": "a.mask", "n_images": 5, "n_pixels": 100, "n_masked": 3}
+    full = {**detector, "identifiers": ["0"], "layers": [{**layer, "panels": [1, 2]}]}
+    assert mask_summary([full]) == [{**detector, "layers": [layer]}]

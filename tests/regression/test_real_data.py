@@ -6,6 +6,7 @@ The figures were measured once and are bounds that must not get worse.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,11 +15,21 @@ import numpy as np
 import pytest
 
 from cctbx import sgtbx
+from dxtbx.model import Crystal
 from dxtbx.model.experiment_list import ExperimentList, ExperimentListFactory
 
 from dials.command_line import generate_mask
-from dials_diffuse.command_line import diffuse_export, diffuse_extract, diffuse_merge
+from dials_diffuse.command_line import (
+    diffuse_background,
+    diffuse_export,
+    diffuse_extract,
+    diffuse_mask,
+    diffuse_merge,
+)
+from dials_diffuse.io.background import BackgroundFile
+from dials_diffuse.io.inputs import read_mask
 from dials_diffuse.io.maps import read_map
+from dials_diffuse.io.masks import MaskFile
 from dials_diffuse.io.observations import ObservationFile
 
 pytestmark = pytest.mark.regression
@@ -88,7 +99,8 @@ def test_snase_stills_show_structure(snase_map):
     assert statistics["overall"]["cc_half"] > 0.5
     log = (snase_map / "dials.diffuse_extract.log").read_text()
     assert "96 images in 96 blocks" in log
-    assert "all 96 stills compared are in the same one" in log
+    assert re.search(r"Indexing settings of 96 crystals.*: 96 by h,k,l, 0 by", log)
+    assert "Reindexed" not in log
     assert "Warning" not in log
 
 
@@ -102,18 +114,39 @@ def test_snase_scales(snase_map):
     assert factor.max() == pytest.approx(2.17, abs=0.08)
 
 
+def c_star(crystal: Crystal) -> np.ndarray:
+    return np.array(crystal.get_A()).reshape(3, 3)[:, 2]
+
+
 @pytest.mark.slow
-def test_snase_stills_in_two_settings_are_noticed(in_tmp, diffuse_data, caplog):
-    """Negative control: 40 of the stills reindexed by k,h,-l."""
+def test_snase_stills_in_two_settings_are_brought_into_one(
+    in_tmp, diffuse_data, caplog
+):
+    """40 of the stills reindexed by k,h,-l: all come back, the four in doubt too."""
     folder = diffuse_data("snase_stills") / "processed"
     experiments = ExperimentListFactory.from_json_file(str(folder / "refined.expt"))
     other = np.random.default_rng(3).choice(96, 40, replace=False)
+    originals = [c_star(e.crystal) for e in experiments]
     swap = sgtbx.change_of_basis_op("k,h,-l")
     for i in map(int, other):
         experiments[i].crystal = experiments[i].crystal.change_basis(swap)
     experiments.as_file("mixed.expt")
-    diffuse_extract.run(["mixed.expt", "grid.d_min=2.5", "mp.nproc=2"])
-    assert "40 of 96 stills compared are in another indexing setting" in caplog.text
+    statistics = {}
+    for name in (folder / "refined.expt", "mixed.expt"):
+        caplog.clear()
+        result = extract_and_merge(
+            name, "grid.d_min=2.5", "trusted_range=1,10000"
+        )
+        statistics[str(name)] = result["overall"]
+    assert "56 by h,k,l, 40 by h,-k,-l" in caplog.text
+    assert "Reindexed 40 experiments to the setting of the others" in caplog.text
+    extracted = ExperimentList.from_file("extracted.expt", check_format=False)
+    # up to the fourfold axis, which keeps c*, all are as they were
+    for found, crystal in zip(extracted, originals):
+        np.testing.assert_allclose(c_star(found.crystal), crystal, atol=1e-9)
+    one, mixed = statistics.values()
+    assert mixed["cc_half"] == pytest.approx(one["cc_half"], abs=0.005)
+    assert mixed["n_voxels"] == pytest.approx(one["n_voxels"], rel=0.001)
 
 
 def test_snase_rotation(in_tmp, diffuse_data):
@@ -218,3 +251,68 @@ def test_masks_of_dials_are_obeyed(in_tmp, diffuse_data):
         diffuse_extract.run(["one.expt", "bragg.exclusion=none", "grid.d_min=2", mask])
         n_pixels[mask] = all_rows(["num_pixels.valid"])["num_pixels.valid"].sum()
     assert n_pixels["mask=None"] - n_pixels["mask=box.mask"] == 100 * 50
+
+
+@pytest.mark.slow
+def test_beamstop_of_snase_is_found(in_tmp, diffuse_data):
+    """Its shadow is at x 505 to 560, y 470 to 520, and the mask takes it out."""
+    expt = diffuse_data("snase_stills") / "processed" / "refined.expt"
+    ExperimentList.from_file(expt)[::8].as_file("some.expt")
+    diffuse_mask.run(["some.expt", "trusted_range=1,10000", "mp.nproc=2", "html=None"])
+    with MaskFile("diffuse_mask.h5") as handle:
+        (beamstop,) = handle.layer("beamstop")
+        (good,) = handle.good()
+    y, x = np.nonzero(beamstop)
+    assert 500 < np.count_nonzero(beamstop) < 55 * 50
+    assert 505 <= x.min() < x.max() <= 560
+    assert 470 <= y.min() < y.max() <= 520
+    assert beamstop[490, 533]
+    np.testing.assert_array_equal(read_mask("diffuse.mask")[0], good)
+    n_pixels = {}
+    for mask in ("mask=None", "mask=diffuse.mask", "mask=diffuse_mask.h5"):
+        options = ["trusted_range=1,10000", "grid.d_min=3", "indexing.consistent=none"]
+        diffuse_extract.run(["some.expt", "mp.nproc=2", mask, *options])
+        n_pixels[mask] = all_rows(["num_pixels.valid"])["num_pixels.valid"].sum()
+    assert n_pixels["mask=diffuse_mask.h5"] == n_pixels["mask=diffuse.mask"]
+    assert n_pixels["mask=diffuse.mask"] < n_pixels["mask=None"]
+
+
+def test_single_images_in_detector_units_have_no_beamstop(in_tmp, diffuse_data, caplog):
+    """One image for each detector, with an offset in each panel: darkness says nothing."""
+    folder = diffuse_data("thermolysin_cspad") / "processed"
+    ExperimentList.from_file(folder / "refined.expt")[1:2].as_file("one.expt")
+    diffuse_mask.run(["one.expt", "html=None", "plots=None", "pixels.find=None"])
+    assert "The shadow of a beam stop is not looked for" in caplog.text
+    with MaskFile("diffuse_mask.h5") as handle:
+        assert not any(panel.any() for panel in handle.layer("beamstop"))
+
+
+@pytest.mark.slow
+def test_background_of_thaumatin(in_tmp, diffuse_data):
+    """The blank of the grid scan takes off part of the counts, radial nearly all.
+
+    Beyond 4 Å, where the direct beam's scatter behind the crystal does not matter, the
+    blank has less than the images with crystal in every shell.
+    """
+    folder = diffuse_data("thaumatin_stills")
+    expt = str(folder / "processed" / "refined.expt")
+    blank = folder / "images" / "thau_3_2_0017.cbf.bz2"
+    ExperimentListFactory.from_filenames([str(blank)]).as_file("blank.expt")
+    left = {}
+    for method in ("images", "radial"):
+        options = ["images.experiments=blank.expt"] if method == "images" else []
+        diffuse_background.run([expt, f"method={method}", "mp.nproc=2", *options])
+        record = json.loads(Path("dials.diffuse_background.json").read_text())
+        with BackgroundFile("diffuse_background.h5") as handle:
+            assert len(handle.images) == 4
+        shells = [x for x in record["sample"]["shells"] if x["s"] > 0.1]
+        left[method] = np.array([x["residual"] / x["measured"] for x in shells])
+        diffuse_extract.run(
+            [expt, "background=diffuse_background.h5", "grid.d_min=2.5", "mp.nproc=2"]
+            + ["indexing.consistent=none"]
+        )
+        rows = all_rows(["counts", "background.sum.value"])
+        share = rows["background.sum.value"].sum() / rows["counts"].sum()
+        assert (0.2 < share < 0.9) if method == "images" else (0.9 < share < 1.1)
+    assert left["images"].min() > 0.05
+    assert abs(left["radial"]).max() < 0.1

@@ -1,0 +1,487 @@
+"""What the corrections are: their ranges for the log, and pictures of them.
+
+Each factor of the normalisation of a pixel (polarization, solid angle, efficiency of the
+sensor, transmission of the gas on the way, exposure) is summarised for each detector in
+each beam, from some thousand pixels that stand for their neighbours. The pictures show
+the factors where the pixels are seen along the beam from the sample, as those of a mask.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dxtbx.model import Beam, Detector, Experiment, Panel
+from dxtbx.model.experiment_list import ExperimentList
+
+from dials.util import tabulate
+from dials_diffuse.extraction.blocks import exposure_times
+from dials_diffuse.extraction.settings import CorrectionSettings, ExtractionSettings
+from dials_diffuse.extraction.tables import (
+    correction_factors,
+    gas_attenuation_of,
+    model_keys,
+    pixel_vectors,
+    polarization_of,
+)
+from dials_diffuse.geometry.interpolation import PixelInterpolation, row_chunks
+from dials_diffuse.masks.rings import Rings, make_rings
+from dials_diffuse.report import masks as pictures
+from dials_diffuse.util.files import atomic_path
+
+logger = logging.getLogger("dials.diffuse.extract")
+
+SAMPLE = 10_000  # pixels of a detector, at least 4 x 4 of each panel
+MOST_PAIRS = 20  # of detector and beam that are summarised
+MOST_TABLES = 2  # in the log; more go into one
+MOST_PICTURES = 10
+EDGE = 4.2  # of a picture, inches
+
+
+class Factor(NamedTuple):
+    """How a factor is called, and in what it is given."""
+
+    name: str
+    symbol: str
+    unit: str = ""
+    scale: float = 1.0
+
+    @property
+    def label(self) -> str:
+        unit = f" ({self.unit})" if self.unit else ""
+        return f"{self.name} {self.symbol}{unit}"
+
+
+FACTORS = {
+    "polarization": Factor("polarization", "P"),
+    "solid_angle": Factor("solid angle", "ΔΩ", "µsr", 1e6),
+    "efficiency": Factor("sensor efficiency", "ε"),
+    "path": Factor("transmission of the gas", "A"),
+    "exposure": Factor("exposure", "t", "s"),
+}
+
+
+def product_of(names: Sequence[str]) -> Factor:
+    """The product of some factors, as a factor itself."""
+    used = [FACTORS[name] for name in names]
+    units = " ".join(factor.unit for factor in used if factor.unit)
+    scale = math.prod(factor.scale for factor in used)
+    return Factor(
+        "product", "·".join(factor.symbol for factor in used) or "1", units, scale
+    )
+
+
+class FactorRange(NamedTuple):
+    """Smallest, mean and largest value of a factor, in the unit of its label."""
+
+    label: str
+    minimum: float
+    mean: float
+    maximum: float
+
+
+@dataclasses.dataclass(frozen=True)
+class CorrectionSummary:
+    """The factors of one detector in one beam.
+
+    Attributes:
+        experiments: Numbers of the experiments that share them.
+        factors: Those that are taken in, and their product last.
+        n_images: Number of images.
+        n_without_exposure: Images whose exposure time is not known, and taken as 1 s.
+    """
+
+    experiments: tuple[int, ...]
+    factors: tuple[FactorRange, ...]
+    n_images: int
+    n_without_exposure: int
+
+
+def sample_pixels(n: int, n_samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Some pixels along an edge, both ends among them, and what each stands for.
+
+    Args:
+        n: Number of pixels.
+        n_samples: How many of them to take, if there are as many.
+
+    Returns:
+        Numbers of the pixels, and how many are nearest to each: they add up to n.
+    """
+    pixels = np.unique(np.rint(np.linspace(0, n - 1, max(2, n_samples))).astype(int))
+    edges = np.concatenate([[-0.5], (pixels[1:] + pixels[:-1]) / 2, [n - 0.5]])
+    return pixels, np.diff(edges)
+
+
+def panel_factors(
+    panel: Panel,
+    beam: Beam,
+    settings: CorrectionSettings,
+    fast: np.ndarray,
+    slow: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """The factors of some pixels of a panel, and their ``product``.
+
+    Args:
+        panel, beam: The models.
+        settings: The factors to take in.
+        fast, slow: Numbers of the pixels along either axis.
+
+    Returns:
+        Arrays of shape (len(slow), len(fast)); solid angles in sr.
+    """
+    position, e = pixel_vectors(panel, fast, slow)
+    factors = correction_factors(panel, beam, position, e, settings)
+    product = math.prod(factors.values(), start=np.ones(e.shape[1:]))
+    return {**factors, "product": product}
+
+
+def sampled_factors(
+    detector: Detector, beam: Beam, settings: CorrectionSettings
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The factors of a detector at a coarse grid of its pixels.
+
+    Returns:
+        Flat arrays over all panels, ``product`` last, and how many pixels each stands
+        for.
+    """
+    per_edge = max(4, round(math.sqrt(SAMPLE / len(detector))))
+    weights, parts = [], []
+    for panel in detector:
+        (fast, by_fast), (slow, by_slow) = (
+            sample_pixels(n, per_edge) for n in panel.get_image_size()
+        )
+        weights.append(np.outer(by_slow, by_fast).ravel())
+        parts.append(panel_factors(panel, beam, settings, fast, slow))
+    factors = {
+        name: np.concatenate([p[name].ravel() for p in parts]) for name in parts[0]
+    }
+    return factors, np.concatenate(weights)
+
+
+def _groups(experiments: ExperimentList, by_beam: bool = True) -> list[list[int]]:
+    """Numbers of the experiments that have the detector, and the beam, in common."""
+    groups: dict[tuple, list[int]] = {}
+    for i, (detector, beam) in enumerate(model_keys(experiments)):
+        groups.setdefault((detector, beam if by_beam else ()), []).append(i)
+    return list(groups.values())
+
+
+def _range(factor: Factor, values: np.ndarray, weights: np.ndarray) -> FactorRange:
+    mean = np.average(values, weights=weights)
+    return FactorRange(
+        factor.label,
+        *(factor.scale * float(x) for x in (values.min(), mean, values.max())),
+    )
+
+
+def _summary(
+    experiments: ExperimentList, numbers: Sequence[int], settings: CorrectionSettings
+) -> CorrectionSummary:
+    first = experiments[numbers[0]]
+    factors, weights = sampled_factors(first.detector, first.beam, settings)
+    product = factors.pop("product")
+    names = list(factors)
+    rows = [_range(FACTORS[name], factors[name], weights) for name in names]
+    times = [np.array(exposure_times(experiments[i])) for i in numbers]
+    all_times = np.concatenate(times)
+    overall = _range(product_of(names), product, weights)
+    if settings.exposure:
+        exposure = _range(FACTORS["exposure"], all_times, np.ones(len(all_times)))
+        rows.append(exposure)
+        # pixels and images are independent: ranges and means multiply
+        label = product_of([*names, "exposure"]).label
+        products = (a * b for a, b in zip(overall[1:], exposure[1:]))
+        overall = FactorRange(label, *products)
+    return CorrectionSummary(
+        experiments=tuple(numbers),
+        factors=(*rows, overall),
+        n_images=len(all_times),
+        n_without_exposure=sum(_n_unknown(experiments[i]) for i in numbers),
+    )
+
+
+def _n_unknown(experiment: Experiment) -> int:
+    """Images that do not say their exposure time."""
+    if experiment.scan is None:
+        return 1
+    known = sum(time > 0 for time in experiment.scan.get_exposure_times())
+    return experiment.scan.get_num_images() - known
+
+
+def summarise_corrections(
+    experiments: ExperimentList, settings: ExtractionSettings
+) -> list[CorrectionSummary]:
+    """Ranges of the factors, for each detector in each beam.
+
+    Of many pairs of detector and beam, as stills with models of their own have, some
+    are taken, evenly spread over the list.
+    """
+    groups = _groups(experiments)
+    chosen = np.unique(np.rint(np.linspace(0, len(groups) - 1, MOST_PAIRS)).astype(int))
+    return [_summary(experiments, groups[i], settings.corrections) for i in chosen]
+
+
+def _joined(summaries: Sequence[CorrectionSummary]) -> CorrectionSummary:
+    """Ranges over several detectors and beams, each counted by its images."""
+    n_images = [summary.n_images for summary in summaries]
+    rows = [
+        FactorRange(
+            of_all[0].label,
+            min(row.minimum for row in of_all),
+            float(np.average([row.mean for row in of_all], weights=n_images)),
+            max(row.maximum for row in of_all),
+        )
+        for of_all in zip(*(summary.factors for summary in summaries))
+    ]
+    return CorrectionSummary(
+        experiments=tuple(i for summary in summaries for i in summary.experiments),
+        factors=tuple(rows),
+        n_images=sum(n_images),
+        n_without_exposure=sum(summary.n_without_exposure for summary in summaries),
+    )
+
+
+def _among(values: Sequence[float]) -> str:
+    """A number, or the range of several."""
+    low, high = min(values), max(values)
+    return f"{low:.5g}" if low == high else f"{low:.5g} to {high:.5g}"
+
+
+def describe_models(experiment: Experiment, settings: ExtractionSettings) -> list[str]:
+    """What the factors of an experiment were computed from, line by line."""
+    beam, panels = experiment.beam, list(experiment.detector)
+    c = settings.corrections
+    lines = [f"Wavelength {beam.get_wavelength():.5f} Å"]
+    if c.polarization:
+        fraction, normal = polarization_of(beam, c)
+        lines.append(
+            f"Polarization: fraction {fraction:g} ({_origin(c.polarization_fraction)}), "
+            f"normal of the plane {', '.join(f'{x:.4g}' for x in normal)} "
+            f"({_origin(c.polarization_normal)})"
+        )
+    if c.efficiency:
+        thickness = [panel.get_thickness() for panel in panels]
+        mu = [panel.get_mu() for panel in panels]
+        if min(thickness) * min(mu) > 0:
+            material = ", ".join(sorted({panel.get_material() for panel in panels}))
+            lines.append(
+                f"Sensor: {material or 'material not named'}, {_among(thickness)} mm, "
+                f"attenuation {_among(mu)} /mm"
+            )
+        else:
+            lines.append(
+                "Sensor: the detector model has no material or thickness, the efficiency "
+                "is taken as 1"
+            )
+    if c.path != "vacuum":
+        lines.append(
+            f"Gas: {c.path} at {c.temperature:g} K and {c.pressure:g} Pa, attenuation "
+            f"{gas_attenuation_of(beam, c):.4g} /mm"
+        )
+    gain = [settings.gain] if settings.gain else [panel.get_gain() for panel in panels]
+    pedestal = [panel.get_pedestal() for panel in panels]
+    lines.append(
+        f"Gain {_among(gain)} detector units per photon ({_origin(settings.gain)}), "
+        f"pedestal {_among(pedestal)} (model)"
+    )
+    return lines
+
+
+def _origin(given: object) -> str:
+    return "model" if given is None else "given"
+
+
+def log_corrections(experiments: ExperimentList, settings: ExtractionSettings) -> None:
+    """Log the ranges of the factors, and what they were computed from."""
+    summaries = summarise_corrections(experiments, settings)
+    n_groups = len(_groups(experiments))
+    if len(summaries) > MOST_TABLES:
+        logger.info(
+            "Corrections of %d of %d pairs of detector and beam together, models of the "
+            "first:",
+            len(summaries),
+            n_groups,
+        )
+        summaries = [_joined(summaries)]
+    for summary in summaries:
+        first = summary.experiments[0]
+        header = ("Factor", "Min", "Mean", "Max")
+        rows = [(row[0], *(f"{x:.5g}" for x in row[1:])) for row in summary.factors]
+        logger.info(
+            "Corrections of the pixels, %d images from experiment %d on:\n%s",
+            summary.n_images,
+            first,
+            tabulate(rows, header, disable_numparse=True),
+        )
+        for line in describe_models(experiments[first], settings):
+            logger.info("%s", line)
+        if settings.corrections.exposure and summary.n_without_exposure:
+            logger.info(
+                "Exposure: %d of %d images do not say theirs, it is taken as 1 s",
+                summary.n_without_exposure,
+                summary.n_images,
+            )
+    off = [FACTORS[name].name for name in FACTORS if not _is_on(name, settings)]
+    if off:
+        logger.info("Corrections that are switched off: %s", ", ".join(off))
+
+
+def _is_on(name: str, settings: ExtractionSettings) -> bool:
+    if name == "path":
+        return settings.corrections.path != "vacuum"
+    return getattr(settings.corrections, name)
+
+
+@dataclasses.dataclass(frozen=True)
+class DetectorView:
+    """Where the pixels of a detector are seen, as the pictures of masks need it."""
+
+    rings: Rings
+    beam: Beam
+
+
+def pixel_values(
+    detector: Detector, beam: Beam, settings: CorrectionSettings
+) -> dict[str, np.ndarray]:
+    """The factors at all pixels of a detector, ``product`` last, flat, float32."""
+    names: list[str] = []
+    parts: list[np.ndarray] = []
+    for panel in detector:
+
+        def function(
+            fast: np.ndarray, slow: np.ndarray, panel: Panel = panel
+        ) -> np.ndarray:
+            factors = panel_factors(panel, beam, settings, fast, slow)
+            names[:] = factors
+            return np.stack(list(factors.values()))
+
+        n_fast, n_slow = panel.get_image_size()
+        # a picture shows no error of interpolation: any is tolerable
+        exact = PixelInterpolation(function, (n_slow, n_fast), np.array([np.inf]))
+        for rows in row_chunks((n_slow, n_fast)):
+            values = exact.rows(rows).astype(np.float32)
+            parts.append(values.reshape(len(values), -1))
+    return dict(zip(names, np.concatenate(parts, axis=1)))
+
+
+def plot_corrections(
+    experiments: Sequence[Experiment], settings: ExtractionSettings
+) -> Figure:
+    """The factors of a detector, one picture each.
+
+    Args:
+        experiments: Those of the detector; the beam is that of the first.
+        settings: The settings of extraction.
+    """
+    detector, beam = experiments[0].detector, experiments[0].beam
+    values = pixel_values(detector, beam, settings.corrections)
+    names = list(values)[:-1]
+    factors = [*(FACTORS[name] for name in names), product_of(names)]
+    n_plots = len(factors) + settings.corrections.exposure
+    n_columns = min(3, n_plots)
+    n_rows = -(-n_plots // n_columns)
+    view = DetectorView(make_rings(detector, beam), beam)
+    row, column, shape, size = pictures.picture_cells(view)
+    # coarser than a mask, so that stretched pixels of a tilted detector leave no holes
+    row, column = row // 2, column // 2
+    shape = (shape[0] + 1) // 2, (shape[1] + 1) // 2
+    cells = (row, column, shape, 2 * size)
+    height = EDGE * pictures.aspect(shape) + 0.5
+    figure = Figure(
+        figsize=(n_columns * (EDGE + 0.8), n_rows * height + 0.6), layout="constrained"
+    )
+    axes = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
+    for ax, factor, flat in zip(axes, factors, values.values()):
+        _plot_factor(ax, factor, flat, view, cells)
+    if settings.corrections.exposure:
+        _plot_exposure(axes[len(factors)], experiments)
+    for ax in axes[n_plots:]:
+        ax.set_axis_off()
+    panels = "1 panel" if len(detector) == 1 else f"{len(detector)} panels"
+    figure.suptitle(
+        f"Corrections of a detector of {panels}, {beam.get_wavelength():.4f} Å\n"
+        "pixels from the beam, along +x (right) and +y (up) of the laboratory",
+        fontsize="medium",
+    )
+    return figure
+
+
+def _plot_factor(
+    ax: Axes,
+    factor: Factor,
+    values: np.ndarray,
+    view: DetectorView,
+    cells: tuple[np.ndarray, np.ndarray, tuple[int, int], int],
+) -> None:
+    """A picture of the values of all pixels, with a colour bar."""
+    row, column, shape, size = cells
+    extent = pictures.picture_extent(view, shape, size)
+    picture = pictures.to_picture(values * factor.scale, row, column, shape)
+    image = ax.imshow(
+        np.ma.masked_invalid(picture),
+        cmap="YlOrRd",
+        extent=extent,
+        interpolation="nearest",
+    )
+    pictures.draw_rings(ax, view, extent)
+    ax.plot(0, 0, "+", color="#1f77b4", ms=12, mew=1.5)
+    ax.set_xlim(extent[:2])
+    ax.set_ylim(extent[2:])
+    ax.set_title(factor.name)
+    unit = f" ({factor.unit})" if factor.unit else ""
+    ax.figure.colorbar(image, ax=ax, label=factor.symbol + unit, shrink=0.85)
+
+
+def _plot_exposure(ax: Axes, experiments: Sequence[Experiment]) -> None:
+    """Exposure time of the images, in their order."""
+    times = np.concatenate([exposure_times(experiment) for experiment in experiments])
+    few = len(times) < 100
+    number = np.arange(1, len(times) + 1)
+    ax.plot(number, times, ".-" if few else "-", drawstyle="steps-mid", color="#1f77b4")
+    ax.set_ylim(0, 1.15 * times.max())
+    ax.set_xlabel("image")
+    ax.set_ylabel("t (s)")
+    ax.set_title("exposure")
+
+
+def draw_corrections(
+    path: str | os.PathLike, experiments: ExperimentList, settings: ExtractionSettings
+) -> list[Path]:
+    """Write the factors as PNG files, one for each distinct detector.
+
+    Args:
+        path: Name of the first; those of further detectors, ``MOST_PICTURES`` in all,
+            get a number, ``a_2.png``.
+        experiments: The experiments.
+        settings: The settings of extraction.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: A file cannot be written.
+    """
+    path = Path(path)
+    groups = _groups(experiments, by_beam=False)
+    written = []
+    for number, members in enumerate(groups[:MOST_PICTURES], 1):
+        name = path if number == 1 else path.with_name(f"{path.stem}_{number}.png")
+        figure = plot_corrections([experiments[i] for i in members], settings)
+        with atomic_path(name) as temporary:
+            figure.savefig(temporary, format="png", dpi=120)
+        written.append(name)
+    if len(groups) > len(written):
+        logger.info(
+            "Pictures of the corrections of the first %d of %d detectors only",
+            len(written),
+            len(groups),
+        )
+    return written

@@ -1,0 +1,1 @@
+``dials.diffuse_extract``: The log tells the range of each correction (polarization, solid angle, sensor efficiency, gas, exposure), gain, pedestal and polarization of the beam; ``output.corrections`` draws them.

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from simulate_images import (
+    make_beam,
+    make_crystal,
+    make_detector,
+    make_goniometer,
+    make_scan,
+)
+
+from dxtbx import flumpy
+from dxtbx.model import Experiment
+from dxtbx.model.experiment_list import ExperimentList
+
+import dials.command_line.show
+from dials.array_family import flex
+from dials_diffuse.bragg.sums import PeakIntensities
+from dials_diffuse.io.bragg import reflection_table, write_bragg
+from dials_diffuse.util.compat import miller_index_to_numpy
+from dials_diffuse.util.files import atomic_path
+
+N = 7
+
+COLUMNS = {
+    "intensity.sum.value": "intensity",
+    "intensity.sum.variance": "variance",
+    "background.sum.value": "background",
+    "normalisation": "weight",
+    "num_pixels.foreground": "n_pixels",
+    "xyzobs.px.value": "xyz",
+    "partiality": "complete",
+    "id": "id",
+    "panel": "panel",
+}
+
+
+def some_experiments() -> ExperimentList:
+    """A sweep and a still, in this order."""
+    models = {"beam": make_beam(), "detector": make_detector(2)}
+    sweep = Experiment(
+        **models,
+        crystal=make_crystal(),
+        goniometer=make_goniometer(),
+        scan=make_scan(20),
+        identifier="sweep",
+    )
+    still = Experiment(**models, crystal=make_crystal(seed=8), identifier="still")
+    result = ExperimentList()
+    result.extend(ExperimentList([sweep, still]))
+    return result
+
+
+def some_peaks(n: int = N) -> PeakIntensities:
+    rng = np.random.default_rng(7)
+    id = np.sort(rng.integers(0, 2, n)).astype(np.uint32)
+    return PeakIntensities(
+        hkl=rng.integers(-30, 30, (n, 3)),
+        id=id,
+        panel=rng.integers(0, 2, n).astype(np.uint32),
+        intensity=rng.normal(1e5, 1e5, n),
+        variance=rng.uniform(1, 1e4, n),
+        background=rng.uniform(1, 1e3, n),
+        weight=rng.uniform(1e-6, 1e-4, n),
+        n_pixels=rng.integers(1, 300, n),
+        xyz=rng.uniform(0, 20, (n, 3)),
+        complete=np.arange(n) % 2 == 0,
+    )
+
+
+def written(tmp_path, peaks: PeakIntensities) -> flex.reflection_table:
+    path = tmp_path / "bragg.refl"
+    with atomic_path(path) as temporary:
+        write_bragg(temporary, peaks, some_experiments())
+    return flex.reflection_table.from_file(str(path))
+
+
+def test_dials_reads_what_was_written(tmp_path):
+    peaks = some_peaks()
+    assert 0 < np.count_nonzero(peaks.complete) < N
+    table = written(tmp_path, peaks)
+    assert len(table) == N
+    np.testing.assert_array_equal(
+        miller_index_to_numpy(table["miller_index"]), peaks.hkl
+    )
+    for column, name in COLUMNS.items():
+        np.testing.assert_array_equal(
+            flumpy.to_numpy(table[column]), getattr(peaks, name), err_msg=column
+        )
+    assert dict(table.experiment_identifiers()) == {0: "sweep", 1: "still"}
+    table.assert_experiment_identifiers_are_consistent(some_experiments())
+    assert table.get_flags(table.flags.integrated_sum).count(True) == N
+
+
+def test_rows_follow_their_experiments(tmp_path):
+    """Selecting and splitting, as programs of DIALS do, keeps rows and identifiers."""
+    peaks = some_peaks()
+    table = written(tmp_path, peaks)
+    part = table.select_on_experiment_identifiers(["still"])
+    np.testing.assert_array_equal(
+        flumpy.to_numpy(part["intensity.sum.value"]), peaks.intensity[peaks.id == 1]
+    )
+
+
+def test_no_peaks_make_an_empty_table(tmp_path):
+    nothing = {
+        field.name: getattr(some_peaks(), field.name)[:0]
+        for field in dataclasses.fields(PeakIntensities)
+    }
+    table = written(tmp_path, PeakIntensities(**nothing))
+    assert len(table) == 0
+    assert list(table.keys()) == list(
+        reflection_table(some_peaks(), some_experiments()).keys()
+    )
+
+
+def test_dials_show_shows_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, some_peaks())
+    some_experiments().as_file(str(tmp_path / "some.expt"))
+    dials.command_line.show.run(["some.expt", "bragg.refl"])
+    text = capsys.readouterr().out
+    assert f"Number of reflections: {N}" in text or f"contains {N} reflections" in text
+    assert "intensity.sum.value" in text
+    low = some_peaks().intensity.min()
+    assert f"{low:.1f}" in text
+
+
+@pytest.mark.parametrize("n", [1, N])
+def test_values_are_copied(n):
+    """A table must not change with the arrays that it was made of."""
+    peaks = some_peaks(n)
+    table = reflection_table(peaks, some_experiments())
+    before = flumpy.to_numpy(table["intensity.sum.value"]).copy()
+    peaks.intensity[:] = -1.0
+    np.testing.assert_array_equal(flumpy.to_numpy(table["intensity.sum.value"]), before)
