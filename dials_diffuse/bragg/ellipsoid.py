@@ -27,7 +27,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from typing import Sequence
+from typing import Collection, Mapping, Sequence
 
 import numpy as np
 from scipy.stats import chi2
@@ -73,7 +73,8 @@ class FitSettings:
         fraction: Of the Bragg intensity that shall lie inside.
         n_images: In the sample.
         d_min: Resolution limit in Å, or None for that of the spots.
-        gain, trusted_range, mask: As of extraction.
+        gain, trusted_range, mask, masks: As of extraction.
+        rejected: Experiment and array index of images to leave out.
     """
 
     fraction: float = 0.999
@@ -82,6 +83,14 @@ class FitSettings:
     gain: float | None = None
     trusted_range: tuple[float, float] | None = None
     mask: tuple[np.ndarray, ...] | None = None
+    masks: Mapping[str, tuple[np.ndarray, ...]] | None = None
+    rejected: Collection[tuple[int, int]] = ()
+
+    def mask_of(self, experiment: Experiment) -> tuple[np.ndarray, ...] | None:
+        """The mask of an experiment's panels, or None."""
+        if self.masks is not None:
+            return self.masks.get(experiment.identifier)
+        return self.mask
 
     def __post_init__(self) -> None:
         if not 0.5 <= self.fraction < 1:
@@ -182,10 +191,12 @@ def b_matrix(cell: uctbx.unit_cell) -> np.ndarray:
 
 
 def sample_of_images(
-    experiments: ExperimentList, numbers: Sequence[int], n: int
+    experiments: ExperimentList, numbers: Sequence[int], settings: FitSettings
 ) -> list[tuple[int, int]]:
-    """Experiment and array index of n images, spread evenly."""
+    """Experiment and array index of some images, spread evenly."""
     images = [(i, j) for i in numbers for j in array_indices(experiments[i])]
+    images = [image for image in images if image not in settings.rejected]
+    n = settings.n_images
     chosen = np.unique(np.linspace(0, len(images) - 1, min(n, len(images))).round())
     return [images[int(i)] for i in chosen]
 
@@ -214,7 +225,7 @@ def without_hot_pixels(
             lone[key] = [
                 np.zeros(p.get_image_size()[::-1], np.int16) for p in e.detector
             ]
-        good = spot_finding.usable_pixels(e, settings.mask)
+        good = spot_finding.usable_pixels(e, settings.mask_of(e))
         photons = _photons(e, index, good, settings)
         if image_identity(e, index) not in seen[key]:
             seen[key].add(image_identity(e, index))
@@ -225,7 +236,8 @@ def without_hot_pixels(
     masks = {}
     for number, key in first.items():
         least = max(HOT_IMAGES, HOT * len(seen[key]))
-        good = spot_finding.usable_pixels(experiments[number], settings.mask)
+        e = experiments[number]
+        good = spot_finding.usable_pixels(e, settings.mask_of(e))
         masks[number] = [g & (n < least) for g, n in zip(good, lone[key])]
     found = [half for half in halves if half is not None]
     return masks, (int(np.median(found)) if found else None)
@@ -250,7 +262,7 @@ def find_spots(
     Raises:
         ValueError: There are too few, or most are far from any lattice point.
     """
-    images = sample_of_images(experiments, numbers, settings.n_images)
+    images = sample_of_images(experiments, numbers, settings)
     masks, half = without_hot_pixels(experiments, images, settings)
     parts, n_all, reflections = [], 0, set()
     for number, index in images if half is not None else ():

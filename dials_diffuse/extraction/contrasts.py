@@ -191,7 +191,7 @@ def measure_contrasts(
     n_processes = min(settings.nproc, len(units))
     _job = ContrastJob(
         experiments,
-        table_keys(experiments),
+        table_keys(experiments, settings.masks),
         tuple(map(tuple, blocks)),
         cells,
         dataclasses.replace(

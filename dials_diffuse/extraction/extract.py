@@ -243,7 +243,7 @@ def make_job(
 
     Processes that would have no block become threads.
     """
-    keys = table_keys(experiments)
+    keys = table_keys(experiments, settings.masks)
     blocks = make_blocks(experiments, settings.block_width, rejected)
     n_processes = min(settings.nproc, len(blocks))
     job = Job(

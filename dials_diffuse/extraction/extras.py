@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Sequence
+import os
+from typing import Any, Sequence
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from dials_diffuse.background.model import (
 )
 from dials_diffuse.bragg.lattices import shared_images
 from dials_diffuse.bragg.points import PointGrid
-from dials_diffuse.extraction.blocks import Block
+from dials_diffuse.extraction.blocks import Block, images_of
 from dials_diffuse.extraction.loop import loop_frame
 from dials_diffuse.extraction.settings import ExtractionSettings
 from dials_diffuse.extraction.tables import PanelTable
@@ -30,20 +30,48 @@ from dials_diffuse.io.background import BackgroundFile
 CACHED_BASES = 2
 
 
-@functools.lru_cache(maxsize=1)
-def _open_background(path: str) -> BackgroundFile:
-    """The background, opened once in each process: HDF5 files do not bear a fork."""
-    return BackgroundFile(path)
+def _as_flex(array: np.ndarray) -> Any:
+    """A flex array of its own, of one dimension.
+
+    One that shares numpy's memory ends the process if it is freed while an exception is
+    on its way (flumpy of dxtbx 3.11).
+    """
+    return flumpy.from_numpy(np.ascontiguousarray(array).ravel()).deep_copy()
 
 
-@functools.lru_cache(maxsize=CACHED_BASES)
-def _base(path: str, number: int) -> list[tuple]:
-    """Values and variances of a base for each panel, as flex arrays."""
-    values, variances = _open_background(path).base(number)
-    return [
-        tuple(flumpy.from_numpy(a.ravel().astype(np.float32)) for a in pair)
-        for pair in zip(values, np.nan_to_num(variances))
-    ]
+class SharedBackground:
+    """A background that each process opens for itself: HDF5 files do not bear a fork.
+
+    It is opened when first needed, and its latest bases are kept.
+
+    Args:
+        path: The output of dials.diffuse_background.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._process = 0
+        self._file: BackgroundFile | None = None
+        self._bases: dict[int, list[tuple]] = {}
+
+    @property
+    def file(self) -> BackgroundFile:
+        """The file, as this process has opened it."""
+        if self._process != os.getpid():
+            self._file, self._process = BackgroundFile(self._path), os.getpid()
+        return self._file
+
+    def base(self, number: int) -> list[tuple]:
+        """Values and variances of a base for each panel, as flex arrays."""
+        if number not in self._bases:
+            while len(self._bases) >= CACHED_BASES:
+                del self._bases[next(iter(self._bases))]
+            values, variances = self.file.base(number)
+            self._bases[number] = [
+                tuple(_as_flex(a.astype(np.float32)) for a in pair)
+                for pair in zip(values, np.nan_to_num(variances))
+            ]
+        return self._bases[number]
 
 
 class ImageExtrasSource:
@@ -60,6 +88,10 @@ class ImageExtrasSource:
     ) -> None:
         self.experiments, self.grid, self.settings = experiments, grid, settings
         self._half_points = PointGrid(grid).half_size
+        self._base_of_image: dict[int, dict[int, int | None]] = {}
+        self._background = None
+        if settings.background:
+            self._background = SharedBackground(settings.background)
         self._partners = [[] for _ in experiments]
         if settings.bragg.exclusion in ("ellipsoid", "auto") and len(experiments) > 1:
             self._partners = shared_images(experiments)
@@ -75,21 +107,37 @@ class ImageExtrasSource:
 
     def background(self, number: int, array_index: int) -> ImageBackground:
         """The background of an image."""
-        file = _open_background(self.settings.background)
-        experiment = self.experiments[number]
-        return file.of_image(experiment.identifier, array_index)
+        identifier = self.experiments[number].identifier
+        return self._background.file.of_image(identifier, array_index)
 
     @property
     def background_axes(self) -> BackgroundAxes:
         """Where the points of profiles and grids are."""
-        return _open_background(self.settings.background).axes
+        return self._background.file.axes
+
+    def sharing(self, number: int, array_index: int) -> int:
+        """How many images of an experiment have the same base as one of them."""
+        if number not in self._base_of_image:
+            experiment = self.experiments[number]
+            # images with a base have no other terms that would have to be read
+            self._base_of_image[number] = {
+                i: self.background(number, i).base_index for i in images_of(experiment)
+            }
+        bases = self._base_of_image[number]
+        return list(bases.values()).count(bases[array_index])
 
     def others(self, number: int, array_index: int) -> list[ext.Frame]:
-        """Frames of the other lattices of an image."""
+        """Frames of the other lattices of an image.
+
+        A lattice that is known only in some of the images is not looked for in the rest.
+        """
         frames = []
         for partner in self._partners[number]:
             other = self.experiments[partner.experiment]
-            model = frame_model(other, array_index + partner.shift)
+            index = array_index + partner.shift
+            if index not in images_of(other):
+                continue
+            model = frame_model(other, index)
             frames.append(loop_frame(model, other, self.grid, self.settings))
         return frames
 
@@ -124,7 +172,7 @@ class ImageExtrasSource:
             extras.add_other(frame)
         if self.settings.shoeboxes is not None:
             columns = self.rectangles(number, array_index, panel)
-            extras.set_rectangles(flumpy.from_numpy(columns.ravel()), self._half_points)
+            extras.set_rectangles(_as_flex(columns), self._half_points)
         if terms is not None:
             self._set_background(extras, terms, panel, unit)
         return extras
@@ -135,18 +183,25 @@ class ImageExtrasSource:
         axes = self.background_axes
         extras.set_unit(unit)
         if terms.base_index is not None:
-            base, variance = _base(self.settings.background, terms.base_index)[panel]
+            base, variance = self._background.base(terms.base_index)[panel]
             extras.set_base(base, variance, terms.rate_scale)
         if terms.profile is not None:
-            profile = np.ascontiguousarray(terms.profile, dtype=np.float32)
+            profile = terms.profile.astype(np.float32)
             if len(profile) == 1:
                 profile = np.repeat(profile, 2)
-            extras.set_profile(flumpy.from_numpy(profile), axes.s_start, axes.s_step)
+            extras.set_profile(_as_flex(profile), axes.s_start, axes.s_step)
         if terms.grids is not None:
-            grid = np.ascontiguousarray(terms.grids[panel], dtype=np.float32)
-            extras.set_grid(
-                flumpy.from_numpy(grid.ravel()), *grid.shape[::-1], axes.spacing_px
-            )
+            grid = terms.grids[panel].astype(np.float32)
+            extras.set_grid(_as_flex(grid), *grid.shape[::-1], axes.spacing_px)
+
+
+def _hkl_of_rows(points: PointGrid, key: np.ndarray) -> np.ndarray:
+    """Fractional Miller indices of voxel centres and points, shape (n, 3)."""
+    is_point = key >= points.n_voxels
+    hkl = np.empty((len(key), 3))
+    hkl[is_point] = points.hkl(key[is_point])
+    hkl[~is_point] = points.grid.index(key[~is_point]) / np.array(points.grid.ndiv)
+    return hkl
 
 
 class BlockExtras:
@@ -184,12 +239,37 @@ class BlockExtras:
             for i in array_indices
         ]
 
-    def add_smooth_variance(self, rows: np.ndarray, s: np.ndarray) -> None:
-        """Add the variance of profiles and grids to ``background_variance``.
+    def images_in_voxel(self, rows: np.ndarray) -> np.ndarray:
+        """Images of a sweep in which a pixel stays in a voxel, shape (n,), at least 1.
 
-        The pixels of a voxel share their error, and so do, in groups, the images of a
-        block: the standard deviations are added, σ(B) = M σ, the upper limit. A base is
-        shared by the images too: n images add n² times its variance.
+            K = 1 / |diag(ndiv) d(S R F A)⁻¹ s|
+
+        with d the change over an image: the way through the unit cube, on the average
+        over its pixels, is about as long as its edge. No more than there are images of
+        the same base.
+
+        Args:
+            rows: Sums of dtype ``extraction.loop.SUMS`` of the block.
+        """
+        number, grid = self.block.experiment, self.source.grid
+        middle = self.block.array_indices[len(self.block) // 2]
+        model = frame_model(self.source.experiments[number], middle)
+        hkl = _hkl_of_rows(PointGrid(grid), rows["key"])
+        motion = (hkl @ (model.sweep() @ model.setting).T) * np.array(grid.ndiv)
+        speed = np.linalg.norm(motion, axis=1)
+        shared = self.source.sharing(number, middle)
+        return np.clip(1 / np.maximum(speed, 1e-6), 1, shared)
+
+    def add_smooth_variance(self, rows: np.ndarray, s: np.ndarray) -> None:
+        """Make the variance that of all images together, with profiles and grids.
+
+        The pixels of a voxel share their error in a profile or grid, and so do, in
+        groups, the images of a block: the standard deviations are added, σ(B) = M σ, the
+        upper limit. A base has errors of its own in each pixel, but a pixel that stays in
+        a voxel for K images (``images_in_voxel``) has the same error in each: its
+        variance is K² times that of one image, K times the sum over the images. It counts
+        so in each block, so that the sum over the blocks of a voxel is right. Bases that
+        are smoothed have neighbours that err together, which is not contained.
 
         Args:
             rows: Sums of dtype ``extraction.loop.SUMS`` of the block.
@@ -197,7 +277,8 @@ class BlockExtras:
         """
         if not self.terms:
             return
-        rows["background_variance"] *= len(self.block)
+        if any(terms.base_index is not None for terms in self.terms.values()):
+            rows["background_variance"] *= self.images_in_voxel(rows)
         axes = self.source.background_axes
         x, y = (rows[axis] / rows["n_pixels"] for axis in "xy")
         deviation = np.zeros(len(rows))

@@ -77,7 +77,7 @@ def prepare(
     rejected = frozenset()
     if reflections is not None:
         rejected = _images_out_of_order(experiments, reflections, grid, settings)
-    settings = _with_peaks(experiments, reflections, grid, settings)
+    settings = _with_peaks(experiments, reflections, grid, settings, rejected)
     return Prepared(experiments, reflections, grid, settings, rejected)
 
 
@@ -112,6 +112,7 @@ def _with_peaks(
     reflections: flex.reflection_table | None,
     grid: Grid,
     settings: ExtractionSettings,
+    rejected: frozenset[tuple[int, int]],
 ) -> ExtractionSettings:
     """The settings with the pixels of Bragg peaks."""
     if settings.bragg.exclusion == "auto":
@@ -121,6 +122,8 @@ def _with_peaks(
             gain=settings.gain,
             trusted_range=settings.trusted_range,
             mask=settings.mask,
+            masks=settings.masks,
+            rejected=rejected,
         )
         fitted = fit_data_sets(experiments, grid.rotations, fit)
         names = [e.identifier for e in experiments]

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from typing import Mapping, Sequence
 
 import numpy as np
 
@@ -72,16 +73,29 @@ def model_keys(
     ]
 
 
-def table_keys(experiments: ExperimentList) -> tuple[TableKey, ...]:
-    """The key of each experiment's arrays."""
-    return tuple(
-        TableKey(detector, beam, _mask_digest(experiment.imageset))
-        for (detector, beam), experiment in zip(model_keys(experiments), experiments)
-    )
+def table_keys(
+    experiments: ExperimentList,
+    masks: Mapping[str, tuple[np.ndarray, ...]] | None = None,
+) -> tuple[TableKey, ...]:
+    """The key of each experiment's arrays.
+
+    Args:
+        experiments: The experiments.
+        masks: A mask for each, by its identifier, if they have masks of their own.
+    """
+    own: dict[int, str] = {}  # experiments mostly share a mask: one digest for each
+    keys = []
+    for (detector, beam), experiment in zip(model_keys(experiments), experiments):
+        given = (masks or {}).get(experiment.identifier)
+        if id(given) not in own:
+            own[id(given)] = mask_digest(given)
+        mask = mask_digest(lookup_mask(experiment.imageset)) + own[id(given)]
+        keys.append(TableKey(detector, beam, mask))
+    return tuple(keys)
 
 
-def _mask_digest(imageset: ImageSet) -> str:
-    masks = lookup_mask(imageset)
+def mask_digest(masks: Sequence[np.ndarray] | None) -> str:
+    """A text that differs for different masks; empty for none."""
     if masks is None:
         return ""
     digest = hashlib.sha1()

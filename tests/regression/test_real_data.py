@@ -134,9 +134,7 @@ def test_snase_stills_in_two_settings_are_brought_into_one(
     statistics = {}
     for name in (folder / "refined.expt", "mixed.expt"):
         caplog.clear()
-        result = extract_and_merge(
-            name, "grid.d_min=2.5", "trusted_range=1,10000"
-        )
+        result = extract_and_merge(name, "grid.d_min=2.5", "trusted_range=1,10000")
         statistics[str(name)] = result["overall"]
     assert "56 by h,k,l, 40 by h,-k,-l" in caplog.text
     assert "Reindexed 40 experiments to the setting of the others" in caplog.text
