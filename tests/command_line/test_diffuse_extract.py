@@ -537,6 +537,7 @@ def test_help(args, text):
 
 
 @pytest.mark.parametrize("n_bytes", [700, 0])
+@pytest.mark.slow
 def test_damaged_first_image(stills, tmp_path, n_bytes):
     """In a process of its own, as dxtbx remembers files that it has opened."""
     image = tmp_path / "stills_0001.cbf"
@@ -564,6 +565,7 @@ def test_disk_full(stills, nproc, kib):
     assert files(Path.cwd()) == before
 
 
+@pytest.mark.slow
 def test_killed_worker(stills, tmp_path):
     """As by the kernel when memory runs out."""
     code = (

@@ -115,6 +115,7 @@ def test_result_does_not_depend_on_processes(simulated):
     assert Path("1.mask").read_bytes() == Path("2.mask").read_bytes()
 
 
+@pytest.mark.slow
 def test_one_mask_for_each_detector(simulated):
     experiments = ExperimentListFactory.from_json_file(
         str(simulated / "simulated.expt")

@@ -235,6 +235,7 @@ diffuse_merge.run(sys.argv[2:])
 
 
 @pytest.mark.parametrize("limit", [2_000, 90_000])
+@pytest.mark.slow
 def test_full_disk(observed, tmp_path, limit):
     result = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(limit), *observed, "output.log=None"],

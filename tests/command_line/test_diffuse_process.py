@@ -163,6 +163,7 @@ def test_our_stages_are_those_of_the_commands(fake_dials, tmp_path):
     assert n_voxels == record["merging"]["overall"]["n_voxels"]
 
 
+@pytest.mark.slow
 def test_mask_is_used_for_spots_and_extraction(fake_dials):
     """Its masked half makes half of the pixels."""
     mask = flex.bool(flex.grid(50, 60), True)
@@ -189,6 +190,7 @@ def command_of(name: str, folder: str = ".") -> list[str]:
     return shlex.split(commands[0])[1:] if commands else []
 
 
+@pytest.mark.slow
 def test_all_masks_go_into_one(fake_dials):
     """A file, a rectangle of two parameters and the resolution: each has its layer."""
     good = np.ones((50, 60), dtype=bool)
@@ -261,6 +263,7 @@ def test_radial_background(fake_dials):
     assert "the isotropic part" in Path("diffuse.html").read_text()
 
 
+@pytest.mark.slow
 def test_blank_images_are_taken_for_the_background(fake_dials, tmp_path):
     blanks = import_images(
         [Path(p) for p in rotation_images(tmp_path, prefix="blank")], lambda i: None
@@ -277,6 +280,7 @@ def test_blank_images_are_taken_for_the_background(fake_dials, tmp_path):
         assert handle.n_bases > 0
 
 
+@pytest.mark.slow
 def test_imported_experiments(fake_dials, tmp_path):
     expt = tmp_path / "prepared" / "imported.expt"
     diffuse_process.run([str(expt), "output.directory=out", *EXTRACT])
@@ -391,6 +395,7 @@ def test_truth_of_another_crystal_is_noticed_before_anything_is_run(args, messag
     assert not Path("imported.expt").exists()
 
 
+@pytest.mark.slow
 def test_images_without_spots(tmp_path):
     """DIALS' own programs: the one that fails, its log and its reason are named.
 
@@ -407,6 +412,7 @@ def test_images_without_spots(tmp_path):
     assert (tmp_path / "out" / "imported.expt").is_file()
 
 
+@pytest.mark.slow
 def test_stills_without_lattice(tmp_path):
     images = rotation_images(tmp_path, width=0)
     expected = r"indexed none of the images \(log dials.process.log\): \w+"

@@ -530,6 +530,7 @@ def test_help(args, text):
 
 
 @pytest.mark.parametrize("kib, name", [(40, "truth.h5"), (2, "simulated.mask")])
+@pytest.mark.slow
 def test_disk_full(kib, name):
     args = ["output.log=None"] + ["output.truth=None"] * (name != "truth.h5")
     result = command(*SMALL, *args, limit_bytes=kib * 1024)
@@ -545,6 +546,7 @@ def test_disk_full(kib, name):
         (["detector.panels=2,1"], 5000),
     ],
 )
+@pytest.mark.slow
 def test_disk_full_of_images(args, n_bytes):
     common = ["output.log=None", "output.truth=None", "output.mask=None"]
     result = command(*SMALL, *common, *args, limit_bytes=n_bytes)
@@ -553,6 +555,7 @@ def test_disk_full_of_images(args, n_bytes):
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.slow
 def test_end_by_signal(nproc):
     """Images that are there are whole, and one line says what happened."""
     args = [*SMALL, "n_images=4000", f"mp.nproc={nproc}", "output.truth=None"]
@@ -582,6 +585,7 @@ def test_end_by_signal(nproc):
     np.testing.assert_array_equal(raw.as_numpy_array(), true)
 
 
+@pytest.mark.slow
 def test_killed_worker():
     """As by the kernel when memory runs out."""
     code = (

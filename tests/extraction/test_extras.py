@@ -778,6 +778,7 @@ def wide(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_images_that_are_wider_than_voxels(tmp_path, wide):
     """Rows spread over the rotation reach the voxels between the middles of images."""
     simulation, experiments, truth = wide

@@ -188,6 +188,7 @@ def test_few_images_are_reported(caplog):
     assert not case.layer("flickering").any()
 
 
+@pytest.mark.slow
 def test_result_does_not_depend_on_processes():
     settings = vary(FAULTY, n_images=11)
     one, two = (make_case(settings, nproc=n).made for n in (1, 2))

@@ -251,6 +251,7 @@ def test_everything_off_leaves_one_picture():
     assert [ax.get_title() for ax in figure.axes if ax.get_title()] == ["product"]
 
 
+@pytest.mark.slow
 def test_a_file_for_each_detector(tmp_path, monkeypatch, caplog):
     beam = make_beam()
     experiments = experiment_list(

@@ -307,6 +307,7 @@ def whole_reflections(e: Experiment) -> flex.reflection_table:
 
 
 @pytest.mark.parametrize("thickness, tolerance", [(0.01, 1e-3), (0.45, 0.01)])
+@pytest.mark.slow
 def test_summed_peaks_are_f_squared(thickness, tolerance):
     """|F|² = C · (lp/qe) · Δφ · V / (K · A_air · λ³), C per second and per image.
 

@@ -69,6 +69,7 @@ def test_forecast_comes_true(simulation, shells, tmp_path):
     assert total == pytest.approx(asu["counts"][inside].sum(), rel=0.02)
 
 
+@pytest.mark.slow
 def test_more_flux_is_seen_in_the_forecast(simulation, shells):
     brighter = forecast_shells(Simulation(vary(SETTINGS, beam={"flux": 8e9})), 8)
     for dim, bright in zip(shells, brighter):

@@ -192,7 +192,7 @@ def keep_images(prepare: Prepare) -> Prepare:
     return prepare_and_keep
 
 
-FAST = ("polarization", "thin sensor", "all")
+FAST = ("polarization",)
 
 
 @pytest.mark.parametrize(

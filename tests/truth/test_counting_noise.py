@@ -52,9 +52,7 @@ def assert_without_bias(comparison: Comparison, largest_error: float) -> None:
     assert overall.mean_pull_error < 0.01
 
 
-@pytest.mark.parametrize(
-    "name", cases_with_fast(CASES, "rotation, 13 photons", "stills")
-)
+@pytest.mark.parametrize("name", cases_with_fast(CASES, "rotation, 13 photons"))
 def test_chi_squared(tmp_path, name):
     flux, changes = CASES[name]
     comparison = climb(
@@ -70,6 +68,7 @@ def test_chi_squared(tmp_path, name):
     assert overall.sigma_ratio == pytest.approx(1, abs=0.02)
 
 
+@pytest.mark.slow
 def test_below_one_photon_per_voxel(tmp_path):
     comparison = climb(vary(QUARTERS, beam={"flux": 2e6}), tmp_path, noise=True)
     report_noise("rotation, 0.26 photons", comparison)
