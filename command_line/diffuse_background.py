@@ -29,6 +29,8 @@ Examples::
 
   dials.diffuse_background refined.expt method=modal modal.spacing=200 gain=1.7
 
+  dials.diffuse_background refined.expt mask=diffuse_mask.h5
+
   dials.diffuse_extract refined.expt background=diffuse_background.h5
 """
 
@@ -41,6 +43,7 @@ import os
 from types import SimpleNamespace
 from typing import Any, Sequence
 
+import h5py
 import numpy as np
 
 import libtbx.phil
@@ -61,6 +64,7 @@ from dials_diffuse.background.settings import BackgroundSettings
 from dials_diffuse.extraction.tables import check_masks
 from dials_diffuse.io.background import BackgroundFile, BackgroundWriter
 from dials_diffuse.io.inputs import load_experiments, read_mask, with_crystals
+from dials_diffuse.io.masks import masks_of_experiments
 from dials_diffuse.report.background import (
     plot_image,
     plot_profiles,
@@ -89,7 +93,14 @@ REMOVES = {
 }
 
 
-def check_output(params: Any, inputs: Sequence[str]) -> None:
+def input_names(params: Any) -> list[str]:
+    """The names of all files that are read."""
+    names = [item.filename for item in params.input.experiments]
+    names += filter(None, params.images.experiments)
+    return names + ([params.mask] if params.mask else [])
+
+
+def check_output(params: Any) -> None:
     """Check the names of the output files.
 
     Raises:
@@ -97,7 +108,7 @@ def check_output(params: Any, inputs: Sequence[str]) -> None:
     """
     if not params.output.background:
         raise ValueError("Please give a name for the background: output.background")
-    used = {os.path.realpath(name) for name in inputs}
+    used = {os.path.realpath(name) for name in input_names(params)}
     for option in ("background", "html", "json", "log"):
         name = getattr(params.output, option)
         if not name:
@@ -149,20 +160,38 @@ def _models(name: str) -> ExperimentList:
         ) from None
 
 
-def load_data(params: Any, settings: BackgroundSettings) -> ExperimentList:
+def load_data(params: Any) -> ExperimentList:
     """The experiments whose images need a background.
 
     Raises:
-        ValueError: There are none, or a mask does not fit.
+        ValueError: There are none.
     """
     experiments = load_experiments(params.input.experiments)
     if any(experiment.crystal is not None for experiment in experiments):
         names = [item.filename for item in params.input.experiments]
         experiments = with_crystals(experiments, names)
-    if settings.mask is not None:
-        for detector in experiments.detectors():
-            check_masks(detector, settings.mask, params.mask)
     return experiments
+
+
+def with_mask(
+    settings: BackgroundSettings, params: Any, experiments: ExperimentList
+) -> BackgroundSettings:
+    """The settings with the mask, checked against the experiments.
+
+    Raises:
+        ValueError: It cannot be read, or belongs to other images.
+    """
+    if params.mask is None:
+        return settings
+    if not h5py.is_hdf5(params.mask):
+        mask = read_mask(params.mask)
+        for detector in experiments.detectors():
+            check_masks(detector, mask, params.mask)
+        return dataclasses.replace(settings, mask=mask)
+    masks = masks_of_experiments(params.mask, experiments)
+    for experiment in experiments:
+        check_masks(experiment.detector, masks[experiment.identifier], params.mask)
+    return dataclasses.replace(settings, masks=masks)
 
 
 def take_sample(
@@ -208,19 +237,29 @@ def write_report(
         },
         "sample": {"name": name, "shells": [dataclasses.asdict(row) for row in rows]},
     }
-    logger.info(
-        "%s: %.4g photons per pixel, of which %.4g background",
-        name,
-        sample.photons[~sample.near_bragg].mean(),
-        sample.background[~sample.near_bragg].mean(),
-    )
+    if rows:
+        logger.info(
+            "%s: %.4g photons per pixel, of which %.4g background",
+            name,
+            sample.photons[~sample.near_bragg].mean(),
+            sample.background[~sample.near_bragg].mean(),
+        )
+    else:
+        logger.warning(
+            "Warning: %s has no pixel away from Bragg positions to show: check "
+            "bragg.semi_axes",
+            name,
+        )
     if params.output.json:
         with atomic_path(params.output.json) as path:
             text = json.dumps(record, indent=2, allow_nan=False)
             path.write_text(text + "\n", encoding="utf-8")
         logger.info("Numbers written to %s", params.output.json)
     if params.output.html:
-        figures = [(name, plot_image(sample, "")), ("Profile of it", plot_shells(rows))]
+        figures = []
+        if rows:
+            figures.append((name, plot_image(sample, "")))
+            figures.append(("Profile of it", plot_shells(rows)))
         if profiles[0] is not None:
             s = axes.s_start + axes.s_step * np.arange(len(profiles[0]))
             figures.insert(0, ("Radial background", plot_profiles(s, profiles)))
@@ -241,12 +280,12 @@ def process(params: Any, phil: str) -> dict[str, Any]:
     """
     blank_names = list(filter(None, params.images.experiments))
     names = [item.filename for item in params.input.experiments]
-    check_output(params, [*names, *blank_names])
-    mask = read_mask(params.mask) if params.mask is not None else None
-    settings = BackgroundSettings.from_phil(params, mask)
+    check_output(params)
+    settings = BackgroundSettings.from_phil(params)
     if blank_names and settings.method != "images":
         raise ValueError("images.experiments is used only with method=images")
-    experiments = load_data(params, settings)
+    experiments = load_data(params)
+    settings = with_mask(settings, params, experiments)
     blanks = load_blanks(blank_names) if blank_names else None
     axes, _ = background_axes(experiments, settings)
     logger.info("method=%s takes off %s", settings.method, REMOVES[settings.method])
@@ -278,12 +317,13 @@ def run(
     parser = make_parser(phil)
     with errors_in_one_line():
         params, options, files = parse_arguments(parser, args)
+        if files:
+            raise ValueError(
+                f"{files[0]} is an HDF5 file: give the .expt of dials.index, "
+                "dials.refine or dials.integrate"
+            )
+        check_output(params)  # before the log is begun, which might be an input
         with logged_work(parser, params, options):
-            if files:
-                raise ValueError(
-                    f"{files[0]} is an HDF5 file: give the .expt of dials.index, "
-                    "dials.refine or dials.integrate"
-                )
             process(params, parser.phil.as_str())
 
 

@@ -31,7 +31,6 @@ import numpy as np
 
 import libtbx.phil
 from dxtbx.model import Experiment
-from libtbx.utils import Sorry
 
 import dials.util
 from dials.util.options import ArgumentParser
@@ -47,10 +46,10 @@ from dials_diffuse.io.maps import MapFile
 from dials_diffuse.merging.estimate import interpolate_shells
 from dials_diffuse.merging.expansion import expand_to_p1
 from dials_diffuse.util.command import (
+    errors_in_one_line,
     load_phil,
+    logged_work,
     parse_arguments,
-    report_changes,
-    start_log,
 )
 from dials_diffuse.util.files import atomic_path
 
@@ -230,6 +229,24 @@ def check_arguments(params: Any, files: Sequence[str]) -> None:
         raise ValueError("\n".join(errors))
 
 
+def process(params: Any, files: Sequence[str]) -> None:
+    """Export what was asked for.
+
+    Raises:
+        ValueError: The input or a parameter will not do.
+    """
+    if "pixels" in params.format:
+        export_pixels(params)
+        return
+    with MapFile(files[0]) as handle:
+        prefix = params.output.prefix or Path(files[0]).stem
+        if "ccp4" in params.format:
+            for what in params.what:
+                export_ccp4(handle, what, params, prefix)
+        if "npz" in params.format:
+            export_npz(handle, prefix)
+
+
 @dials.util.show_mail_handle_errors()
 def run(
     args: Sequence[str] | None = None, phil: libtbx.phil.scope = phil_scope
@@ -243,23 +260,11 @@ def run(
         check_format=False,
         epilog=__doc__,
     )
-    try:
+    with errors_in_one_line():
         params, options, files = parse_arguments(parser, args)
-        start_log(params, options)
-        report_changes(parser)
         check_arguments(params, files)
-        if "pixels" in params.format:
-            export_pixels(params)
-            return
-        with MapFile(files[0]) as handle:
-            prefix = params.output.prefix or Path(files[0]).stem
-            if "ccp4" in params.format:
-                for what in params.what:
-                    export_ccp4(handle, what, params, prefix)
-            if "npz" in params.format:
-                export_npz(handle, prefix)
-    except ValueError as e:
-        raise Sorry(e) from None
+        with logged_work(parser, params, options):
+            process(params, files)
 
 
 if __name__ == "__main__":

@@ -166,6 +166,7 @@ def process(params: Any, phil: str) -> None:
     """Read the input, extract, write the output."""
     names = [item.filename for item in params.input.experiments]
     inputs = names + [item.filename for item in params.input.reflections]
+    inputs += [name for name in (params.mask, params.background) if name]
     check_output(params, inputs)
     all_experiments = load_experiments(params.input.experiments)
     reflections = load_reflections(params.input.reflections, all_experiments)

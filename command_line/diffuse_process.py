@@ -329,16 +329,11 @@ def background_stage(
     record: dict[str, Any],
 ) -> Stage:
     """The background of the images; its figures go to the record."""
-    own = background_arguments(params, settings, changes)
-
-    def arguments() -> list[str]:
-        mask = params.extract.mask or settings.mask
-        made = record["mask"]
-        if made:
-            mask = made[0]["mask"] if len(made) == 1 else None
-        elif mask and h5py.is_hdf5(mask):
-            mask = None
-        return ["refined.expt", *own, *([f"mask={quoted(mask)}"] if mask else [])]
+    mask = params.extract.mask or settings.mask
+    if makes_mask(params):
+        mask = params.mask.output.layers
+    arguments = ["refined.expt", *background_arguments(params, settings, changes)]
+    arguments += [f"mask={quoted(mask)}"] if mask else []
 
     def make(name: str, arguments: list[str], log: str, outputs: Any) -> None:
         parser = diffuse_background.make_parser()
@@ -348,7 +343,7 @@ def background_stage(
 
     return Stage(
         name="dials.diffuse_background",
-        arguments=arguments,
+        arguments=lambda: arguments,
         outputs=(params.background.output.background,),
         log=params.output.log,
         execute=make,
@@ -572,6 +567,12 @@ def compare_with_truth(params: Any, record: dict[str, Any]) -> tuple[str, str]:
     with MapFile(params.merge.output.map) as merged, TruthFile(params.truth) as truth:
         bragg = ExtractionSettings.from_phil(params.extract).bragg
         exclusion = bragg.metric(merged.grid.cell, merged.grid.rotations)
+        if exclusion is None and bragg.exclusion != "none":
+            logger.warning(
+                "Warning: voxels that bragg.exclusion=%s cuts are not known here and are "
+                "compared as if they were whole",
+                bragg.exclusion,
+            )
         comparison = compare(merged, truth, exclusion=exclusion)
     for name, text in comparison.summary():
         logger.info("%s: %s", name, text)

@@ -107,6 +107,7 @@ struct Frame {
   float sweep[9];        // change of w over the width of the image
   float t_min, t_max;    // the image's range of rotation about w, in its widths
   bool sweeps;           // whether the rotation within the image matters to exclusion
+  bool wide;             // whether it may lead from one lattice point to another
   bool spread;           // whether the rows are spread over the width of the image
   float s0[3];           // incident beam, 1/Angstrom
   float inv_wavelength;  // 1/Angstrom
@@ -248,8 +249,9 @@ DIALS_DIFFUSE_INLINE int floor_to_int(float x) {
  *
  *     g(d(t), d(t)) = g(d, d) + 2 t g(d, v) + t^2 g(v, v)
  *
- * is least at t = -g(d, v) / g(v, v), or at an end of the image. */
-template <bool Sweeps, bool Radial>
+ * is least at t = -g(d, v) / g(v, v), or at an end of the image. The point is that
+ * nearest to the pixel `at` so many image widths from w. */
+template <bool Sweeps, bool Radial, bool Moved>
 DIALS_DIFFUSE_INLINE bool near_point(const Frame &f,
                                      float h,
                                      float k,
@@ -257,8 +259,15 @@ DIALS_DIFFUSE_INLINE bool near_point(const Frame &f,
                                      float rx,
                                      float ry,
                                      float rz,
-                                     float s2) {
-  float a = h * f.inv_ndiv[0], b = k * f.inv_ndiv[1], c = l * f.inv_ndiv[2];
+                                     float s2,
+                                     float at) {
+  float a = h, b = k, c = l;
+  if (Moved) {
+    a += at * (f.sweep[0] * rx + f.sweep[1] * ry + f.sweep[2] * rz);
+    b += at * (f.sweep[3] * rx + f.sweep[4] * ry + f.sweep[5] * rz);
+    c += at * (f.sweep[6] * rx + f.sweep[7] * ry + f.sweep[8] * rz);
+  }
+  a *= f.inv_ndiv[0], b *= f.inv_ndiv[1], c *= f.inv_ndiv[2];
   a -= float(floor_to_int(a + 0.5f));
   b -= float(floor_to_int(b + 0.5f));
   c -= float(floor_to_int(c + 0.5f));
@@ -273,8 +282,8 @@ DIALS_DIFFUSE_INLINE bool near_point(const Frame &f,
     float dv = x * vx + y * vy + z * vz;
     float vv = vx * vx + vy * vy + vz * vz + 1e-20f;
     float t = -dv / vv;
-    t = t > f.t_min ? t : f.t_min;
-    t = t < f.t_max ? t : f.t_max;
+    t = t > f.t_min - at ? t : f.t_min - at;
+    t = t < f.t_max - at ? t : f.t_max - at;
     x += t * vx;
     y += t * vy;
     z += t * vz;
@@ -289,7 +298,26 @@ DIALS_DIFFUSE_INLINE bool near_point(const Frame &f,
   return distance < 1.0f + f.growth * s2;
 }
 
-template <bool Exclude, bool Sweeps, bool Radial>
+/* The same for the points nearest at w and, in a wide image, at its ends. */
+template <bool Sweeps, bool Wide, bool Radial>
+DIALS_DIFFUSE_INLINE bool near_any_point(const Frame &f,
+                                         float h,
+                                         float k,
+                                         float l,
+                                         float rx,
+                                         float ry,
+                                         float rz,
+                                         float s2) {
+  bool near = near_point<Sweeps, Radial, false>(f, h, k, l, rx, ry, rz, s2, 0.0f);
+  if (Wide) {
+    bool first = near_point<Sweeps, Radial, true>(f, h, k, l, rx, ry, rz, s2, f.t_min);
+    bool last = near_point<Sweeps, Radial, true>(f, h, k, l, rx, ry, rz, s2, f.t_max);
+    near = near | first | last;
+  }
+  return near;
+}
+
+template <bool Exclude, bool Sweeps, bool Wide, bool Radial>
 DIALS_DIFFUSE_INLINE void voxels_of_pixels(const Frame &frame,
                                            const Box &box,
                                            const float *ex,
@@ -316,7 +344,7 @@ DIALS_DIFFUSE_INLINE void voxels_of_pixels(const Frame &frame,
     int brick = ((ih >> 2) * bricks_k + (ik >> 2)) * bricks_l + (il >> 2);
     int place = brick << 6 | (ih & 3) << 4 | (ik & 3) << 2 | (il & 3);
     if (Exclude) {
-      bool near = near_point<Sweeps, Radial>(f, h, k, l, rx, ry, rz, s2);
+      bool near = near_any_point<Sweeps, Wide, Radial>(f, h, k, l, rx, ry, rz, s2);
       place = near ? -2 - place : place;
     }
     out[i] = inside ? place : NOWHERE;
@@ -332,16 +360,19 @@ DIALS_DIFFUSE_CLONES inline void voxel_places(const Frame &frame,
                                               const float *ez,
                                               int n,
                                               int *out) {
+  const bool radial = frame.radial != 0;
   if (!frame.exclude)
-    voxels_of_pixels<false, false, false>(frame, box, ex, ey, ez, n, out);
-  else if (!frame.sweeps && frame.radial == 0)
-    voxels_of_pixels<true, false, false>(frame, box, ex, ey, ez, n, out);
+    voxels_of_pixels<false, false, false, false>(frame, box, ex, ey, ez, n, out);
+  else if (!frame.sweeps && !radial)
+    voxels_of_pixels<true, false, false, false>(frame, box, ex, ey, ez, n, out);
   else if (!frame.sweeps)
-    voxels_of_pixels<true, false, true>(frame, box, ex, ey, ez, n, out);
-  else if (frame.radial == 0)
-    voxels_of_pixels<true, true, false>(frame, box, ex, ey, ez, n, out);
+    voxels_of_pixels<true, false, false, true>(frame, box, ex, ey, ez, n, out);
+  else if (!frame.wide && !radial)
+    voxels_of_pixels<true, true, false, false>(frame, box, ex, ey, ez, n, out);
+  else if (!frame.wide)
+    voxels_of_pixels<true, true, false, true>(frame, box, ex, ey, ez, n, out);
   else
-    voxels_of_pixels<true, true, true>(frame, box, ex, ey, ez, n, out);
+    voxels_of_pixels<true, true, true, true>(frame, box, ex, ey, ez, n, out);
 }
 
 /* Where a run of pixels near a lattice point belongs: to the point, or nowhere if peaks
@@ -358,11 +389,25 @@ inline int place_of_peak(const Frame &f,
   const float r[3] = {ex * f.inv_wavelength - f.s0[0],
                       ey * f.inv_wavelength - f.s0[1],
                       ez * f.inv_wavelength - f.s0[2]};
-  int hkl[3];
+  const float s2 = r[0] * r[0] + r[1] * r[1] + r[2] * r[2];
+  float h[3];
   for (int i = 0; i < 3; ++i) {
     const float *w = f.w + 3 * i;
-    const float h = (w[0] * r[0] + w[1] * r[1] + w[2] * r[2]) * f.inv_ndiv[i];
-    hkl[i] = floor_to_int(h + 0.5f);
+    h[i] = w[0] * r[0] + w[1] * r[1] + w[2] * r[2];
+  }
+  float at = 0.0f;
+  if (f.wide) {
+    const float places[3] = {0.0f, f.t_min, f.t_max};
+    for (int i = 2; i >= 0; --i)
+      if (near_point<true, true, true>(
+            f, h[0], h[1], h[2], r[0], r[1], r[2], s2, places[i]))
+        at = places[i];
+  }
+  int hkl[3];
+  for (int i = 0; i < 3; ++i) {
+    const float *w = f.sweep + 3 * i;
+    const float moved = h[i] + at * (w[0] * r[0] + w[1] * r[1] + w[2] * r[2]);
+    hkl[i] = floor_to_int(moved * f.inv_ndiv[i] + 0.5f);
   }
   if (!all.keep_peaks) return NOWHERE;
   const int point = all.points.place(hkl[0], hkl[1], hkl[2]);

@@ -126,7 +126,8 @@ class Twin:
     Attributes:
         voxel: Number of each pixel's voxel in the C-ordered box or -1.
         point: Miller indices of the nearest lattice point, shape (3, n_slow, n_fast).
-        near: Whether that point excludes the pixel.
+        near: Whether a point excludes the pixel.
+        other_point: Whether the pixel comes close to another point within its image.
         sure: Whether rounding cannot change any of it.
     """
 
@@ -150,28 +151,34 @@ class Twin:
         hkl = h / np.array(NDIV)[:, None, None]
         self.point = np.floor(hkl + 0.5).astype(int)
         self.near = np.zeros(s.shape, dtype=bool)
+        self.other_point = np.zeros(s.shape, dtype=bool)
         if frame.exclusion is not None:
             self.exclude(frame, hkl, change, shift, s)
 
     def exclude(self, frame, hkl, change, shift, s):
-        """The least distance by trying many angles; there the radial term is taken."""
-        dh = hkl - self.point
+        """The least distance by trying many angles, each with its own nearest point.
+
+        There the radial term is taken.
+        """
         g11, g22, g33, g12, g13, g23 = frame.exclusion
         g = np.array([[g11, g12, g13], [g12, g22, g23], [g13, g23, g33]])
         v = change / np.array(NDIV)[:, None, None]
         distance, along = np.full(s.shape, np.inf), np.zeros(s.shape)
-        for t in np.linspace(-0.5, 0.5, 1001):
-            d = dh + (t - shift) * v
+        limit = 1 + frame.growth * s**2
+        at_row = self.point
+        for t in np.linspace(-0.5, 0.5, 1001) if frame.sweeps else [0.0]:
+            h = hkl + (t - shift) * v
+            point = np.floor(h + 0.5).astype(int)
+            d = h - point
             q = np.einsum("iyx,ij,jyx->yx", d, g, d)
-            along = np.where(
-                q < distance, np.einsum("iyx,ij,jyx->yx", d, g, hkl), along
-            )
+            self.other_point |= np.any(point != at_row, axis=0) & (q < 1.5 * limit)
+            nearer = q < distance
+            along = np.where(nearer, np.einsum("iyx,ij,jyx->yx", d, g, hkl), along)
+            self.point = np.where(nearer, point, self.point)
             distance = np.minimum(distance, q)
         distance += frame.radial * along**2 / (1 + frame.growth_radial * s**2)
-        limit = 1 + frame.growth * s**2
         self.near = distance < limit
         self.sure &= np.abs(distance - limit) > MARGIN
-        self.sure &= np.all(np.abs(np.abs(dh) - 0.5) > MARGIN, axis=0)
 
 
 def twin_voxels(panel, frame, half_size=HALF_SIZE):
@@ -324,6 +331,16 @@ def loop_sums(images, n_threads=1, half_size=HALF_SIZE, keep_peaks=False, absent
             extras or None,
         )
     return {k: flumpy.to_numpy(v) for k, v in accumulator.finish().items()}
+
+
+def mask_pixels_of_two_points(images):
+    """Gives weight 0 to pixels that come close to another lattice point in their image.
+
+    Which of the two they are added to depends on the order in which they are tried.
+    """
+    for panel, frame, *_ in images:
+        twin = Twin(panel, frame)
+        panel.weight[twin.near & twin.other_point] = 0
 
 
 def mask_unsure_pixels(images):

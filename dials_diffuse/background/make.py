@@ -12,7 +12,6 @@ import numpy as np
 from dxtbx.model import Experiment
 from dxtbx.model.experiment_list import ExperimentList
 
-from dials.util import progress
 from dials_diffuse.background.images import (
     CountSums,
     PhiBin,
@@ -44,6 +43,7 @@ from dials_diffuse.extraction.blocks import exposure_times
 from dials_diffuse.extraction.tables import TableKey, table_keys
 from dials_diffuse.geometry.orientation import frame_model
 from dials_diffuse.util.parallel import forked_results
+from dials_diffuse.util.signals import progress_bar
 
 logger = logging.getLogger("dials.diffuse.background")
 
@@ -227,10 +227,21 @@ def _sums(blanks: ExperimentList, phi_bin: PhiBin, good: np.ndarray) -> CountSum
     return sum_images(blanks, phi_bin.images, good, _job.settings)
 
 
+def _base_pixels() -> Pixels:
+    """The pixels that the mask of any experiment leaves, on the first one's detector."""
+    settings = _job.settings
+    if settings.masks is None:
+        return _pixels(_job.keys[0])
+    every = (settings.masks[e.identifier] for e in _job.experiments)
+    masks = {id(mask): mask for mask in every}.values()  # mostly shared
+    good = tuple(np.logical_or.reduce(panels) for panels in zip(*masks))
+    settings = dataclasses.replace(settings, mask=good, masks=None)
+    return make_pixels(_job.experiments[0], settings)
+
+
 def _make_bases(blanks: ExperimentList, bins: Sequence[PhiBin], writer: Writer) -> None:
-    """Add up the images of the background, on the pixels of the first experiment."""
-    key = _job.keys[0]
-    pixels = _pixels(key)
+    """Add up the images of the background, on the pixels of the data."""
+    pixels = _base_pixels()
     good = np.zeros(sum(n * m for n, m in pixels.shapes), dtype=bool)
     good[pixels.flat] = True
     tasks, owner = [], []
@@ -243,7 +254,7 @@ def _make_bases(blanks: ExperimentList, bins: Sequence[PhiBin], writer: Writer) 
     nproc = min(_job.settings.nproc, len(tasks))
     n_images = sum(len(b.images) for b in bins)
     with (
-        progress(total=n_images, desc="Adding up", unit=" images") as bar,
+        progress_bar(total=n_images, desc="Adding up", unit=" images") as bar,
         forked_results(_sums, tasks, nproc, n_ahead=nproc) as results,
     ):
         for i, sums in enumerate(results):
@@ -313,7 +324,7 @@ def _from_profiles(images: Sequence[Image], writer: Writer) -> None:
     nproc = min(settings.nproc, len(groups))
     _pixels(_job.keys[groups[0][0].experiment])  # made once, before the fork
     with (
-        progress(total=len(images), desc="Measuring", unit=" images") as bar,
+        progress_bar(total=len(images), desc="Measuring", unit=" images") as bar,
         forked_results(_group_profiles, [(g,) for g in groups], nproc) as results,
     ):
         for group, all_terms in zip(groups, results):
@@ -343,7 +354,8 @@ def make_background(
     """
     global _job
     axes, n_points = background_axes(experiments, settings)
-    _job = Job(experiments, table_keys(experiments), settings, axes, n_points)
+    keys = table_keys(experiments, settings.masks)
+    _job = Job(experiments, keys, settings, axes, n_points)
     _clear_caches()
     try:
         images = image_list(experiments, settings)

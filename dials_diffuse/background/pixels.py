@@ -61,8 +61,9 @@ class Pixels:
 def make_pixels(experiment: Experiment, settings: BackgroundSettings) -> Pixels:
     """The pixels of an experiment's detector."""
     flat, e, normalisation, shapes, first = [], [], [], [], 0
+    mask = settings.mask_of(experiment)
     for number, panel in enumerate(experiment.detector):
-        good = good_pixels(panel, number, experiment.imageset, settings.mask)
+        good = good_pixels(panel, number, experiment.imageset, mask)
         arrays = panel_arrays(panel, experiment.beam, good, settings.corrections)
         # a pixel in the plane of its panel counts nothing
         index = np.flatnonzero(good & (arrays.weight > 0))

@@ -130,8 +130,10 @@ class Shell:
 
 
 def shells(image: SampleImage, n_shells: int = 15) -> list[Shell]:
-    """Means in shells of equal width in s."""
+    """Means in shells of equal width in s; none if all pixels are near Bragg positions."""
     keep = ~image.near_bragg
+    if not keep.any():
+        return []
     s = image.s[keep]
     edges = np.linspace(s.min(), s.max(), n_shells + 1)
     number = np.clip(np.searchsorted(edges, s, "right") - 1, 0, n_shells - 1)

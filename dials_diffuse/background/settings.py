@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Mapping
 
 import numpy as np
+
+from dxtbx.model import Experiment
 
 from dials_diffuse.extraction.settings import (
     BraggSettings,
@@ -58,6 +60,7 @@ class BackgroundSettings:
     Attributes:
         method: ``images``, ``radial``, ``modal`` or ``none``.
         mask: Mask of each panel, True for good pixels, or None.
+        masks: The same for each experiment, by its identifier.
         gain: Detector units per photon, or None for the panels' own.
         trusted_range: Smallest and largest value to use, or None for the panels' own.
         nproc: Number of processes.
@@ -69,6 +72,7 @@ class BackgroundSettings:
     bragg: BraggSettings = BraggSettings()
     corrections: CorrectionSettings = CorrectionSettings()
     mask: tuple[np.ndarray, ...] | None = None
+    masks: Mapping[str, tuple[np.ndarray, ...]] | None = None
     gain: float | None = None
     trusted_range: tuple[float, float] | None = None
     nproc: int = 1
@@ -77,6 +81,12 @@ class BackgroundSettings:
         low, high = self.trusted_range or (0, 1)
         if not low < high:
             raise ValueError("trusted_range needs the smaller value first")
+
+    def mask_of(self, experiment: Experiment) -> tuple[np.ndarray, ...] | None:
+        """The mask of an experiment's panels, or None."""
+        if self.masks is not None:
+            return self.masks.get(experiment.identifier)
+        return self.mask
 
     @classmethod
     def from_phil(

@@ -30,6 +30,7 @@ import math
 from typing import Collection, Mapping, Sequence
 
 import numpy as np
+from scipy.linalg import eigh
 from scipy.stats import chi2
 
 from cctbx import uctbx
@@ -169,8 +170,16 @@ def full_matrix(metric: Sequence[float]) -> np.ndarray:
 
 
 def symmetrized(g: np.ndarray, rotations: np.ndarray) -> tuple[float, ...]:
-    """Mean of R g Rᵀ over a group, as g11, g22, g33, g12, g13, g23."""
-    g = np.mean(rotations @ g @ np.swapaxes(rotations, 1, 2), axis=0)
+    """The ellipsoid that holds those of all R g Rᵀ, as g11, g22, g33, g12, g13, g23.
+
+    The mean of these over the group, made so much wider that none of them reaches beyond
+    it: equivalent peaks are not elongated alike where the shape breaks the symmetry.
+    """
+    equivalents = rotations @ g @ np.swapaxes(rotations, 1, 2)
+    mean = np.mean(equivalents, axis=0)
+    # the largest x such that xᵀ mean x = x for some x on an equivalent's surface
+    excess = max(eigh(mean, other, eigvals_only=True)[-1] for other in equivalents)
+    g = mean / max(excess, 1.0)
     return tuple(map(float, (g[0, 0], g[1, 1], g[2, 2], g[0, 1], g[0, 2], g[1, 2])))
 
 

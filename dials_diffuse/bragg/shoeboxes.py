@@ -135,8 +135,14 @@ def spot_size(
             if not e.is_still()
         }
         if not widths:
-            raise ValueError("The boxes of stills do not tell their angle: give it")
-        turn = (z1 - z0) * np.array([widths.get(i, 0.0) for i in table["id"]])
+            raise ValueError(
+                "The boxes of stills do not tell how far their crystals are from the "
+                "reflecting position: give reflections with the column delpsical.rad, as "
+                "dials.refine writes them"
+            )
+        of_sweep = np.array([i in widths for i in table["id"]])
+        width = np.array([widths.get(i, 0.0) for i in table["id"]])
+        turn = ((z1 - z0) * width)[of_sweep]
         angle = float(np.quantile(turn, QUANTILE)) / 2
     return SpotSize(fast, slow, angle)
 

@@ -14,13 +14,27 @@ import libtbx.phil
 from dials_diffuse.util.command import load_phil
 
 # of extract.phil, those that are not about pixels
-LEFT_OUT = {"block_width", "mp", "output", "indexing", "geometry"}
+LEFT_OUT = {"block_width", "mp", "output", "indexing", "geometry", "background"}
+# exclusions that one image by itself cannot tell, and what belongs to them
+BRAGG = """
+bragg {
+  exclusion = *none ellipsoid
+    .type = choice
+    .help = "Whether to leave out the pixels within an ellipsoid about each reciprocal"
+            "lattice point."
+}
+"""
+LEFT_OUT_OF_BRAGG = {"exclusion", "fraction", "margin", "absent"}
 
 
 def _pixel_scope() -> libtbx.phil.scope:
     scope = load_phil("extract")
     scope.objects = [x for x in scope.objects if x.name not in LEFT_OUT]
-    return scope.fetch(iotbx.phil.parse("bragg.exclusion=none"))
+    (bragg,) = [x for x in scope.objects if x.name == "bragg"]
+    (own,) = iotbx.phil.parse(BRAGG).objects
+    kept = [x for x in bragg.objects if x.name not in LEFT_OUT_OF_BRAGG]
+    bragg.objects = [*own.objects, *kept]
+    return scope
 
 
 extraction_phil = _pixel_scope()

@@ -31,6 +31,7 @@ from dials_diffuse.extraction.tables import (
 )
 from dials_diffuse.grid import MAX_VOXELS, Grid
 from dials_diffuse.util.parallel import forked_results
+from dials_diffuse.util.signals import progress_bar
 
 NDIV = 3  # the peak is in the middle voxel, its surroundings in the 26 others
 MAX_IMAGES = 100  # of a sweep, evenly spread
@@ -204,7 +205,7 @@ def measure_contrasts(
         # made before the fork, so that no process makes them again
         _tables(_job.keys[units[0][0]])
         tasks = [(list(part),) for part in _parts(len(units), 16 * n_processes)]
-        with progress(
+        with progress_bar(
             total=sum(map(len, blocks)), desc="Indexing", unit=" images"
         ) as bar:
             return list(_collect(tasks, n_processes, bar))

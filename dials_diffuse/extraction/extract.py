@@ -277,6 +277,11 @@ def _report(
     background = sum(result.background for result in results)
     if background:
         logger.info("%.4g photons per pixel are background", background / n_pixels)
+    if background > sum(result.counts for result in results):
+        logger.warning(
+            "Warning: the background is larger than what was measured. Was it made with "
+            "the same gain, trusted range and mask?"
+        )
     logger.info(
         "%d observations of voxels, %.1f pixels each", n_rows, n_pixels / max(n_rows, 1)
     )

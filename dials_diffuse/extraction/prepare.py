@@ -74,6 +74,11 @@ def prepare(
     if settings.indexing.consistent == "auto":
         experiments, reflections = _in_one_setting(experiments, reflections, settings)
     grid = make_grid(experiments, settings)
+    if reflections is None and settings.geometry.reject_images:
+        raise ValueError(
+            "geometry.reject_images=True needs the reflection table of the experiments: "
+            "give the .refl of dials.index or dials.refine"
+        )
     rejected = frozenset()
     if reflections is not None:
         rejected = _images_out_of_order(experiments, reflections, grid, settings)

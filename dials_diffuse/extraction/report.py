@@ -92,8 +92,8 @@ def log_rotation(experiments: ExperimentList, grid: Grid) -> None:
     if voxels > 1:
         logger.warning(
             "Warning: images of %g degrees sweep up to %.1f voxels at %.2f Å: the map is "
-            "smeared along the rotation. Use finer images, a smaller ndiv or a larger "
-            "d_min",
+            "smeared along the rotation, whatever phi_sampling. Use finer images, a smaller "
+            "ndiv or a larger d_min",
             width,
             voxels,
             grid.d_min,

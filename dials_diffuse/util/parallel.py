@@ -13,9 +13,16 @@ import contextlib
 import multiprocessing
 import signal
 from concurrent.futures.process import BrokenProcessPool
-from typing import Callable, Iterator, Sequence, TypeVar
+from typing import Any, Callable, Iterator, Sequence, TypeVar
 
-from threadpoolctl import threadpool_limits
+try:
+    from threadpoolctl import threadpool_limits  # comes with scikit-learn, as in DIALS
+except ImportError:
+
+    def threadpool_limits(*_: Any, **__: Any) -> contextlib.AbstractContextManager:
+        """Nothing: linear algebra keeps its threads, which costs processor time only."""
+        return contextlib.nullcontext()
+
 
 from dials_diffuse.util.signals import DeferredSignals, enter_whole
 

@@ -102,6 +102,26 @@ namespace dials_diffuse { namespace boost_python {
       }
   }
 
+  /* Whether a pixel can come near a lattice point that is not nearest to it at the
+   * angle of its row: the region and the way within the image reach beyond half a cell.
+   */
+  bool reaches_next_point(const Frame &f,
+                          const mat3<double> &sweep,
+                          const vec3<double> &ndiv,
+                          double s_max) {
+    const mat3<double> u(f.u[0], f.u[3], f.u[4], 0, f.u[1], f.u[5], 0, 0, f.u[2]);
+    const mat3<double> inverse = u.inverse();  // its rows have the extents as lengths
+    const double growth = std::sqrt(1 + f.growth * s_max * s_max);
+    const double widths = f.spread ? 1.0 : 0.5;
+    for (int i = 0; i < 3; ++i) {
+      const vec3<double> extent(inverse[3 * i], inverse[3 * i + 1], inverse[3 * i + 2]);
+      const vec3<double> way(sweep[3 * i], sweep[3 * i + 1], sweep[3 * i + 2]);
+      if (extent.length() * growth + widths * way.length() * s_max / ndiv[i] > 0.5)
+        return true;
+    }
+    return false;
+  }
+
   Frame make_frame(const mat3<double> &w,
                    const vec3<double> &s0,
                    double wavelength,
@@ -141,9 +161,10 @@ namespace dials_diffuse { namespace boost_python {
     std::fill(f.u_sweep, f.u_sweep + 9, 0.0f);
     if (f.exclude)
       set_exclusion(f, bp::extract<sym_mat3<double> >(exclusion)(), change, ndiv);
+    f.spread = spread && f.sweeps;
+    f.wide = f.exclude && f.sweeps && reaches_next_point(f, change, ndiv, s_max);
     f.t_min = -0.5f;
     f.t_max = 0.5f;
-    f.spread = spread && f.sweeps;
     return f;
   }
 

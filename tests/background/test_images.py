@@ -26,6 +26,7 @@ from dials_diffuse.background.images import (
     exposure_time,
     phi_bins,
 )
+from dials_diffuse.background.pixels import make_pixels
 from dials_diffuse.background.settings import BackgroundSettings, ImagesSettings
 from dials_diffuse.simulation.simulate import Simulation
 
@@ -129,6 +130,35 @@ def test_angles_choose_their_own_base():
     for i, mean in enumerate((1.5, 1.5, 3.5)):  # images 1+2, 1+2, 3+4
         value, _ = pixel_values(model, (data[0].identifier, i), pixels)
         np.testing.assert_allclose(value, 0.5 * mean * truth, rtol=1e-9)
+
+
+def test_one_base_serves_experiments_with_masks_of_their_own():
+    """Each experiment has a background wherever its own mask is good."""
+    simulation = Simulation(vary(SWEEP, mode="stills", background={"n_images": 1}))
+    data, blanks = crystals_and_blanks(simulation, image=simulation.photons)
+    (good,) = simulation.good_pixels()
+    masks = {}
+    for i, experiment in enumerate(data):
+        mask = good.copy()
+        mask[:, (70 * (i % 2)) : (70 * (i % 2) + 70)] = False
+        mask[:, :3] = False
+        masks[experiment.identifier] = (mask,)
+    own = background_settings(
+        simulation,
+        method="images",
+        images=ImagesSettings(smoothing=1, exposure_ratio=1.0),
+        mask=None,
+        masks=masks,
+    )
+    assert len(data) > 1
+    model = make_model(data, own, blanks)
+    for experiment in data[:2]:
+        pixels = make_pixels(experiment, own)
+        assert len(pixels.flat) == np.count_nonzero(masks[experiment.identifier][0])
+        value, _ = pixel_values(model, (experiment.identifier, 0), pixels)
+        assert np.isfinite(value).all()
+    # no experiment asks for these
+    assert not np.isfinite(model.bases[0][0][:, :3]).any()
 
 
 def test_untrusted_pixels_add_nothing():

@@ -48,6 +48,22 @@ def test_masked_pixels_are_left_out():
     assert not inside.any()
 
 
+def test_experiments_have_masks_of_their_own():
+    experiments = [_experiment(), _experiment()]
+    masks = {}
+    for i, experiment in enumerate(experiments):
+        experiment.identifier = f"e{i}"
+        shapes = [panel.get_image_size()[::-1] for panel in experiment.detector]
+        masks[f"e{i}"] = tuple(np.ones(shape, dtype=bool) for shape in shapes)
+        masks[f"e{i}"][i][:10] = False
+    settings = BackgroundSettings(masks=masks)
+    for i, experiment in enumerate(experiments):
+        pixels = make_pixels(experiment, settings)
+        for number in range(2):
+            _, slow = pixels.places(number)
+            assert (slow.min() > 10) == (number == i)
+
+
 def test_photons_are_without_pedestal_and_gain():
     experiment = _experiment(1)
     panel = experiment.detector[0]

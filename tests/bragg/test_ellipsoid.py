@@ -277,6 +277,25 @@ def test_stills_make_one_data_set():
     assert data_sets(experiments) == [[0, 1, 2]]
 
 
+@pytest.mark.parametrize("symbol", ["P 4", "P 3", "P 2 3", "P 1"])
+def test_symmetric_region_holds_all_equivalents(symbol):
+    """Points on the surface of an elongated region and of its equivalents are inside."""
+    group = symmetry.laue_group(sgtbx.space_group_info(symbol).group())
+    rotations = symmetry.rotation_matrices(group)
+    rng = np.random.default_rng(6)
+    a = rng.normal(size=(3, 3))
+    g = a.T @ a + 0.05 * np.eye(3)
+    metric = full_matrix(symmetrized(g, rotations))
+    np.testing.assert_allclose(metric, rotations[-1] @ metric @ rotations[-1].T)
+    x = rng.normal(size=(2000, 3))
+    farthest = 0.0
+    for r in rotations:
+        own = np.einsum("ni,ij,nj->n", x, r @ g @ r.T, x)
+        inside = np.einsum("ni,ij,nj->n", x, metric, x) / own
+        farthest = max(farthest, inside.max())
+    assert 0.9 < farthest <= 1 + 1e-9  # and no wider than it must be
+
+
 def test_excluded_fraction_grows_with_s():
     metric = (1 / 0.2**2,) * 3 + (0.0, 0.0, 0.0)
     volume = 4 / 3 * math.pi * 0.2**3

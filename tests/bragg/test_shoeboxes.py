@@ -229,7 +229,7 @@ def test_size_of_spots():
     rows = [(0, 0, (1, 6, 2, 5, 3, 7), (1, 2, 3))] * 20
     experiments = ExperimentList([sweep(width=0.5)])
     assert spot_size(table_of(rows), experiments) == pytest.approx((2.5, 1.5, 1.0))
-    with pytest.raises(ValueError, match="do not tell their angle"):
+    with pytest.raises(ValueError, match="do not tell how far"):
         spot_size(table_of(rows), ExperimentList([still(7)]))
 
 

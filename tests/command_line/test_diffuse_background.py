@@ -12,6 +12,8 @@ from libtbx.utils import Sorry
 
 from dials_diffuse.command_line import diffuse_background
 from dials_diffuse.io.background import BackgroundFile
+from dials_diffuse.io.inputs import write_mask
+from dials_diffuse.io.masks import DetectorMask, write_masks
 
 
 def _write(folder: Path, name: str, n_images: int, crystal=True, **options) -> Path:
@@ -93,6 +95,72 @@ def test_modal_and_none(sweep):
     diffuse_background.run([str(sweep), "method=none", "output.background=none.h5"])
     with BackgroundFile("none.h5") as handle:
         assert handle.of_image(*handle.images[2]).profile is None
+
+
+def _two_detectors(tmp_path) -> ExperimentList:
+    """Two stills of different detectors, as two.expt."""
+    both = ExperimentList()
+    for name, size in (("small", (60, 50)), ("large", (70, 50))):
+        experiments = ExperimentList.from_file(_write(tmp_path, name, 1, size=size))
+        both.extend(experiments)
+    both.as_file("two.expt")
+    return both
+
+
+def test_detectors_have_masks_of_their_own(tmp_path, monkeypatch):
+    """A mask that leaves one side of each of two detectors."""
+    monkeypatch.chdir(tmp_path)
+    both = _two_detectors(tmp_path)
+    masks = []
+    for experiment, n_masked in zip(both, (20, 40)):
+        layer = np.zeros(experiment.detector[0].get_image_size()[::-1], dtype=bool)
+        layer[:, :n_masked] = True
+        masks.append(DetectorMask([experiment.identifier], {"side": [layer]}))
+    write_masks("two.h5", masks)
+    diffuse_background.run(["two.expt", "mask=two.h5", *COARSE])
+    record = json.loads(Path("dials.diffuse_background.json").read_text())
+    n_pixels = sum(shell["n_pixels"] for shell in record["sample"]["shells"])
+    assert both[1].identifier in record["sample"]["name"]
+    assert n_pixels == 30 * 50
+    Path("diffuse_background.h5").unlink()
+    write_masks("one.h5", masks[:1])
+    _refused(["two.expt", "mask=one.h5"], "no mask for 1 of 2 experiments")
+    swapped = [
+        DetectorMask(mask.identifiers, other.layers)
+        for mask, other in zip(masks, masks[::-1])
+    ]
+    write_masks("swapped.h5", swapped)
+    _refused(["two.expt", "mask=swapped.h5"], "The mask swapped.h5 has")
+
+
+def test_inputs_are_not_overwritten(sweep, tmp_path):
+    """Nor by the log, which is begun before anything else is written."""
+    write_mask("good.mask", [np.ones((50, 60), dtype=bool)])
+    blank = _write(tmp_path, "blank", 1, crystal=False)
+    arguments = [sweep, "method=images", f"images.experiments={blank}"]
+    arguments.append("mask=good.mask")
+    for name in (sweep, blank, tmp_path / "good.mask"):
+        before = name.read_bytes()
+        for option in ("background", "html", "json", "log"):
+            output = f"output.{option}={name}"
+            _refused([*arguments, output], f"output.{option}=.* is in use")
+            assert name.read_bytes() == before
+    _refused([sweep, "output.log=x", "output.json=x"], "output.log=x is in use")
+
+
+def test_all_pixels_near_bragg_positions(sweep):
+    """There is a background, and nothing to show of it."""
+    options = ["bragg.semi_axes=2", "bragg.unit=hkl", "mp.nproc=1"]
+    diffuse_background.run([str(sweep), "method=none", *options])
+    assert Path("diffuse_background.h5").exists()
+    record = json.loads(Path("dials.diffuse_background.json").read_text())
+    assert record["sample"]["shells"] == []
+    page = Path("dials.diffuse_background.html").read_text()
+    assert "<img" not in page
+    log = Path("dials.diffuse_background.log").read_text()
+    assert "no pixel away from Bragg positions" in log
+    Path("diffuse_background.h5").unlink()
+    _refused([sweep, *options], "No pixel of image 1")
 
 
 def _refused(arguments, match):

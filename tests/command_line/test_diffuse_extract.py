@@ -183,6 +183,8 @@ def test_images_that_do_not_fit_are_left_out(tmp_path, monkeypatch):
     n_images = n_images.get_num_images()
     log = run(expt, refl, "mp.nproc=1", "geometry.reject_images=True")
     assert f"{n_images - 1} images in" in log
+    with pytest.raises(Sorry, match="needs the reflection table"):
+        run(expt, "geometry.reject_images=True")
     with pytest.raises(Sorry, match="all images are farther"):
         run(expt, refl, "geometry.reject_images=True", "geometry.tolerance=1e-6")
 

@@ -28,7 +28,7 @@ from dials_diffuse.command_line import (
 from dials_diffuse.io.background import BackgroundFile
 from dials_diffuse.io.inputs import read_mask, write_mask
 from dials_diffuse.io.maps import read_map
-from dials_diffuse.io.masks import MaskFile
+from dials_diffuse.io.masks import DetectorMask, MaskFile, write_masks
 from dials_diffuse.io.observations import ObservationFile
 
 EXTRACT = ["extract.grid.d_min=2.0", "extract.bragg.exclusion=none", "mp.nproc=1"]
@@ -249,7 +249,7 @@ def test_radial_background(fake_dials):
         + ["extract.corrections.path=helium"]
     )
     arguments = command_of("dials.diffuse_background")
-    assert {"method=radial", "mask=diffuse.mask"} < set(arguments)
+    assert {"method=radial", "mask=diffuse_mask.h5"} < set(arguments)
     assert any(argument.startswith("corrections.path=") for argument in arguments)
     assert "background=diffuse_background.h5" in command_of("dials.diffuse_extract")
     record = json.loads(Path("diffuse.json").read_text())
@@ -261,6 +261,27 @@ def test_radial_background(fake_dials):
     statistics = record["merging"]["overall"]
     assert abs(statistics["mean_intensity"]) > 0
     assert "the isotropic part" in Path("diffuse.html").read_text()
+
+
+def test_mask_in_layers_reaches_the_background(fake_dials, tmp_path):
+    """A mask of the user's, by the extraction's parameter; profiles end before it."""
+    (identifier,) = {
+        e.identifier
+        for e in ExperimentList.from_file("prepared/refined.expt", check_format=False)
+    }
+    layer = np.zeros((50, 60), dtype=bool)
+    layer[:, 30:] = True
+    write_masks("given.h5", [DetectorMask([identifier], {"half": [layer]})])
+    diffuse_process.run(
+        [*fake_dials, *EXTRACT, "extract.mask=given.h5", "output.directory=out"]
+        + ["background.method=radial", "background.radial.step=0.05"]
+        + ["background.bragg.exclusion=none"]
+    )
+    given = f"mask={tmp_path / 'given.h5'}"
+    assert given in command_of("dials.diffuse_background", "out")
+    record = json.loads(Path("out/diffuse.json").read_text())
+    shells = record["background"]["sample"]["shells"]
+    assert 0.8 * 1500 < sum(shell["n_pixels"] for shell in shells) <= 1500
 
 
 @pytest.mark.slow

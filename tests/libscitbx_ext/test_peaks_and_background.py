@@ -12,9 +12,11 @@ from pixel_loop_twin import (
     ExtrasInput,
     FrameInput,
     PanelInput,
+    Twin,
     assert_sums_equal,
     integer_image,
     loop_sums,
+    mask_pixels_of_two_points,
     mask_unsure_pixels,
     twin_sums,
 )
@@ -55,6 +57,7 @@ def is_odd(hkl):
 @pytest.mark.parametrize("absent", [None, is_odd])
 def test_peaks_are_added_up_under_their_lattice_point(frame, absent):
     images = images_of([FrameInput(z, **frame) for z in (0.5, 1.5)])
+    mask_pixels_of_two_points(images)
     expected = twin_sums(images, keep_peaks=True, absent=absent)
     found = loop_sums(images, keep_peaks=True, absent=absent)
     z, z_expected = found.pop("z"), expected.pop("z")
@@ -69,6 +72,18 @@ def test_peaks_are_added_up_under_their_lattice_point(frame, absent):
     is_voxel = found["voxel"] < N_VOXELS
     for name in ("voxel", "value", "n_pixels"):
         np.testing.assert_array_equal(dropped[name], found[name][is_voxel])
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_points_that_only_the_ends_of_an_image_reach(spread):
+    """A pixel may pass a lattice point that is not nearest to it at its own angle."""
+    frames = [FrameInput(z, degrees=6.0, spread=spread) for z in (0.5, 1.5)]
+    images = images_of(frames)
+    twins = [Twin(panel, frame) for panel, frame, _ in images]
+    assert sum(np.sum(t.near & t.other_point & (t.voxel >= 0)) for t in twins) > 50
+    found, expected = loop_sums(images), twin_sums(images)
+    np.testing.assert_allclose(found.pop("z"), expected.pop("z"), rtol=1e-12)
+    assert_sums_equal(found, expected)
 
 
 def test_no_pixel_is_lost_between_voxels_and_peaks():
