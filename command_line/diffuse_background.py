@@ -43,7 +43,6 @@ import os
 from types import SimpleNamespace
 from typing import Any, Sequence
 
-import h5py
 import numpy as np
 
 import libtbx.phil
@@ -61,10 +60,9 @@ from dials_diffuse.background.make import (
 )
 from dials_diffuse.background.sample import SampleImage, sample_image, shells
 from dials_diffuse.background.settings import BackgroundSettings
-from dials_diffuse.extraction.tables import check_masks
 from dials_diffuse.io.background import BackgroundFile, BackgroundWriter
-from dials_diffuse.io.inputs import load_experiments, read_mask, with_crystals
-from dials_diffuse.io.masks import masks_of_experiments
+from dials_diffuse.io.inputs import load_experiments, with_crystals
+from dials_diffuse.io.masks import given_mask
 from dials_diffuse.report.background import (
     plot_image,
     plot_profiles,
@@ -173,27 +171,6 @@ def load_data(params: Any) -> ExperimentList:
     return experiments
 
 
-def with_mask(
-    settings: BackgroundSettings, params: Any, experiments: ExperimentList
-) -> BackgroundSettings:
-    """The settings with the mask, checked against the experiments.
-
-    Raises:
-        ValueError: It cannot be read, or belongs to other images.
-    """
-    if params.mask is None:
-        return settings
-    if not h5py.is_hdf5(params.mask):
-        mask = read_mask(params.mask)
-        for detector in experiments.detectors():
-            check_masks(detector, mask, params.mask)
-        return dataclasses.replace(settings, mask=mask)
-    masks = masks_of_experiments(params.mask, experiments)
-    for experiment in experiments:
-        check_masks(experiment.detector, masks[experiment.identifier], params.mask)
-    return dataclasses.replace(settings, masks=masks)
-
-
 def take_sample(
     experiments: ExperimentList,
     image: Image,
@@ -285,7 +262,7 @@ def process(params: Any, phil: str) -> dict[str, Any]:
     if blank_names and settings.method != "images":
         raise ValueError("images.experiments is used only with method=images")
     experiments = load_data(params)
-    settings = with_mask(settings, params, experiments)
+    settings = dataclasses.replace(settings, **given_mask(params.mask, experiments))
     blanks = load_blanks(blank_names) if blank_names else None
     axes, _ = background_axes(experiments, settings)
     logger.info("method=%s takes off %s", settings.method, REMOVES[settings.method])

@@ -22,6 +22,7 @@ Examples::
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from pathlib import Path
@@ -31,6 +32,7 @@ import numpy as np
 
 import libtbx.phil
 from dxtbx.model import Experiment
+from dxtbx.model.experiment_list import ExperimentList
 
 import dials.util
 from dials.util.options import ArgumentParser
@@ -40,9 +42,9 @@ from dials_diffuse.export.pixels import image_pixels, pixel_arrays, write_csv
 from dials_diffuse.export.settings import full_parameters
 from dials_diffuse.extraction.reference import make_grid
 from dials_diffuse.extraction.settings import ExtractionSettings
-from dials_diffuse.extraction.tables import check_masks
-from dials_diffuse.io.inputs import load_experiments, read_mask, with_crystals
+from dials_diffuse.io.inputs import load_experiments, with_crystals
 from dials_diffuse.io.maps import MapFile
+from dials_diffuse.io.masks import given_mask
 from dials_diffuse.merging.estimate import interpolate_shells
 from dials_diffuse.merging.expansion import expand_to_p1
 from dials_diffuse.util.command import (
@@ -169,11 +171,10 @@ def export_pixels(params: Any) -> None:
         )
     experiment = experiments[number]
     extraction = full_parameters(params.pixels.extraction)
-    mask = None
-    if extraction.mask is not None:
-        mask = read_mask(extraction.mask)
-        check_masks(experiment.detector, mask, extraction.mask)
-    settings = ExtractionSettings.from_phil(extraction, mask)
+    settings = dataclasses.replace(
+        ExtractionSettings.from_phil(extraction),
+        **given_mask(extraction.mask, ExperimentList([experiment])),
+    )
     array_index = array_index_of(experiment, params.pixels.image)
     pixels = image_pixels(
         experiment, array_index, make_grid(experiments, settings), settings

@@ -34,8 +34,6 @@ import logging
 import os
 from typing import Any, Sequence
 
-import h5py
-
 import libtbx.phil
 from dxtbx.model.experiment_list import ExperimentList
 
@@ -51,16 +49,14 @@ from dials_diffuse.extraction.report import (
     log_rotation,
 )
 from dials_diffuse.extraction.settings import ExtractionSettings
-from dials_diffuse.extraction.tables import check_masks
 from dials_diffuse.io.background import BackgroundFile, check_images
 from dials_diffuse.io.bragg import write_bragg
 from dials_diffuse.io.inputs import (
     load_experiments,
     load_reflections,
-    read_mask,
     with_crystals,
 )
-from dials_diffuse.io.masks import masks_of_experiments
+from dials_diffuse.io.masks import given_mask
 from dials_diffuse.report.corrections import draw_corrections, log_corrections
 from dials_diffuse.util.command import (
     errors_in_one_line,
@@ -149,17 +145,7 @@ def with_files(
         with BackgroundFile(params.background) as background:
             background.check_corrections(settings.corrections)
             check_images(background, experiments)
-    if params.mask is None:
-        return settings
-    if not h5py.is_hdf5(params.mask):
-        mask = read_mask(params.mask)
-        for detector in experiments.detectors():
-            check_masks(detector, mask, params.mask)
-        return dataclasses.replace(settings, mask=mask)
-    masks = masks_of_experiments(params.mask, experiments)
-    for experiment in experiments:
-        check_masks(experiment.detector, masks[experiment.identifier], params.mask)
-    return dataclasses.replace(settings, masks=masks)
+    return dataclasses.replace(settings, **given_mask(params.mask, experiments))
 
 
 def process(params: Any, phil: str) -> None:

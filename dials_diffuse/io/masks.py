@@ -17,13 +17,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 import h5py
 import numpy as np
 
 from dxtbx.model.experiment_list import ExperimentList
 
+from dials_diffuse.extraction.tables import check_masks
+from dials_diffuse.io.inputs import read_mask
 from dials_diffuse.io.nexus import COMPRESSION, ENTRY, describe, nexus_group
 from dials_diffuse.io.observations import ROOT, check_schema, write_provenance
 from dials_diffuse.util.hdf5 import HDF5Input, HDF5Output, damaged
@@ -218,3 +220,26 @@ def masks_of_experiments(
             "give the one made for these, or the .mask file of their detector"
         )
     return result
+
+
+def given_mask(path: str | None, experiments: ExperimentList) -> dict[str, Any]:
+    """The mask that a user gives, in either kind of file, checked against experiments.
+
+    Returns:
+        What to replace in the settings of a stage: ``mask``, the same for all, from a
+        file of dials.generate_mask, or ``masks``, by identifier, from layers; or nothing.
+
+    Raises:
+        ValueError: It cannot be read, or belongs to other images.
+    """
+    if path is None:
+        return {}
+    if not h5py.is_hdf5(path):
+        mask = read_mask(path)
+        for detector in experiments.detectors():
+            check_masks(detector, mask, path)
+        return {"mask": mask}
+    masks = masks_of_experiments(path, experiments)
+    for experiment in experiments:
+        check_masks(experiment.detector, masks[experiment.identifier], path)
+    return {"masks": masks}
