@@ -74,6 +74,7 @@ from dials_diffuse.util.command import (
     load_phil,
     logged_work,
     parse_arguments,
+    refuse_hdf5,
 )
 from dials_diffuse.util.files import atomic_path
 
@@ -294,11 +295,7 @@ def run(
     parser = make_parser(phil)
     with errors_in_one_line():
         params, options, files = parse_arguments(parser, args)
-        if files:
-            raise ValueError(
-                f"{files[0]} is an HDF5 file: give the .expt of dials.index, "
-                "dials.refine or dials.integrate"
-            )
+        refuse_hdf5(files)
         check_output(params)  # before the log is begun, which might be an input
         with logged_work(parser, params, options):
             process(params, parser.phil.as_str())

@@ -64,6 +64,7 @@ from dials_diffuse.util.command import (
     load_phil,
     logged_work,
     parse_arguments,
+    refuse_hdf5,
 )
 from dials_diffuse.util.files import atomic_path
 
@@ -255,11 +256,7 @@ def run(
     parser = make_parser(phil)
     with errors_in_one_line():
         params, options, files = parse_arguments(parser, args)
-        if files:
-            raise ValueError(
-                f"{files[0]} is an HDF5 file: give the .expt of dials.import, dials.index, "
-                "dials.refine or dials.integrate"
-            )
+        refuse_hdf5(files)
         with logged_work(parser, params, options):
             process(params, parser.phil)
 

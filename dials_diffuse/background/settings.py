@@ -13,7 +13,6 @@ from dials_diffuse.extraction.settings import (
     BraggSettings,
     CorrectionSettings,
     processes,
-    three_of,
 )
 
 
@@ -95,8 +94,7 @@ class BackgroundSettings:
         """Settings of the extracted PHIL parameters of ``phil/background.phil``."""
         # PHIL reads the word none, in any case, as no choice at all
         method = params.method or "none"
-        images, c = params.images, params.corrections
-        normal = c.polarization_normal
+        images = params.images
         return cls(
             method=method,
             images=ImagesSettings(
@@ -112,22 +110,8 @@ class BackgroundSettings:
                 group=params.radial.group,
                 spacing=params.modal.spacing if method == "modal" else None,
             ),
-            bragg=BraggSettings(
-                exclusion=params.bragg.exclusion or "none",
-                semi_axes=three_of("bragg.semi_axes", params.bragg.semi_axes or [0.25]),
-                unit=params.bragg.unit,
-            ),
-            corrections=CorrectionSettings(
-                polarization=c.polarization,
-                solid_angle=c.solid_angle,
-                efficiency=c.efficiency,
-                path=c.path,
-                temperature=c.temperature,
-                pressure=c.pressure,
-                exposure=c.exposure,
-                polarization_fraction=c.polarization_fraction,
-                polarization_normal=tuple(normal) if normal else None,
-            ),
+            bragg=BraggSettings.from_phil(params.bragg),
+            corrections=CorrectionSettings.from_phil(params.corrections),
             mask=mask,
             gain=params.gain,
             trusted_range=(

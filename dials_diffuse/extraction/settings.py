@@ -38,6 +38,15 @@ class CorrectionSettings:
         if normal is not None and not np.linalg.norm(normal) > 0:
             raise ValueError("polarization_normal must not have zero length")
 
+    @classmethod
+    def from_phil(cls, params: Any) -> CorrectionSettings:
+        """Settings of the extracted scope ``corrections`` of ``phil/extract.phil``."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        values = {name: getattr(params, name) for name in names}
+        normal = values["polarization_normal"]
+        values["polarization_normal"] = tuple(normal) if normal else None
+        return cls(**values)
+
 
 def symmetric(elements: Sequence[float]) -> np.ndarray:
     """The symmetric matrix of elements 11, 22, 33, 12, 13, 23, shape (3, 3)."""
@@ -109,6 +118,18 @@ class BraggSettings:
                 "bragg.semi_axes must be positive: use bragg.exclusion=none to keep "
                 "all pixels"
             )
+
+    @classmethod
+    def from_phil(cls, params: Any) -> BraggSettings:
+        """Settings of an extracted scope ``bragg``; some have fewer parameters."""
+        values = {
+            field.name: getattr(params, field.name)
+            for field in dataclasses.fields(cls)
+            if hasattr(params, field.name)
+        }
+        values["exclusion"] = chosen(params.exclusion)
+        values["semi_axes"] = three_of("bragg.semi_axes", params.semi_axes or [0.25])
+        return cls(**values)
 
     def metric(
         self, cell: uctbx.unit_cell, rotations: np.ndarray
@@ -263,8 +284,6 @@ class ExtractionSettings:
         cls, params: Any, mask: tuple[np.ndarray, ...] | None = None
     ) -> ExtractionSettings:
         """Settings of the extracted PHIL parameters of ``phil/extract.phil``."""
-        c = params.corrections
-        normal = c.polarization_normal
         cell = params.grid.unit_cell
         return cls(
             ndiv=three_of("grid.ndiv", params.grid.ndiv),
@@ -274,25 +293,8 @@ class ExtractionSettings:
             unit_cell=cell.parameters() if cell else None,
             block_width=params.block_width,
             phi_sampling=chosen(params.phi_sampling),
-            bragg=BraggSettings(
-                exclusion=chosen(params.bragg.exclusion),
-                semi_axes=three_of("bragg.semi_axes", params.bragg.semi_axes or [0.25]),
-                unit=params.bragg.unit,
-                absent=params.bragg.absent,
-                fraction=params.bragg.fraction,
-                margin=params.bragg.margin,
-            ),
-            corrections=CorrectionSettings(
-                polarization=c.polarization,
-                solid_angle=c.solid_angle,
-                efficiency=c.efficiency,
-                path=c.path,
-                temperature=c.temperature,
-                pressure=c.pressure,
-                exposure=c.exposure,
-                polarization_fraction=c.polarization_fraction,
-                polarization_normal=tuple(normal) if normal else None,
-            ),
+            bragg=BraggSettings.from_phil(params.bragg),
+            corrections=CorrectionSettings.from_phil(params.corrections),
             indexing=IndexingSettings(
                 consistent=chosen(params.indexing.consistent),
                 in_doubt=params.indexing.in_doubt,

@@ -167,12 +167,26 @@ def _handler_of(owner: int) -> Callable[..., None]:
     return handle
 
 
+def refuse_hdf5(files: Sequence[str]) -> None:
+    """For commands that take models of DIALS: outputs of ours are of a later stage.
+
+    Raises:
+        ValueError: There are files in HDF5.
+    """
+    if files:
+        raise ValueError(
+            f"{files[0]} is an HDF5 file, the output of a later stage: give the .expt "
+            "and .refl of dials.index, dials.refine or dials.integrate"
+        )
+
+
 def start_log(params: Any, options: Any) -> None:
     """Log to the terminal and to ``params.output.log``; first line the versions.
 
     Raises:
-        ValueError: The log file cannot be written.
+        ValueError: The log file cannot be written, or is an input.
     """
+    refuse_input_as_log(params)
     try:
         dials.util.log.config(options.verbose, logfile=params.output.log)
     except OSError as e:
@@ -180,6 +194,27 @@ def start_log(params: Any, options: Any) -> None:
             f"Cannot write the log file {params.output.log}: {e.strerror}"
         ) from None
     logger.info("%s, dials_diffuse %s", dials_version(), dials_diffuse.__version__)
+
+
+def refuse_input_as_log(params: Any) -> None:
+    """A log that has the name of an input would destroy it.
+
+    Raises:
+        ValueError: It has.
+    """
+    if params.output.log is None:
+        return
+    kinds = vars(params.input).values() if hasattr(params, "input") else ()
+    names = [item.filename for kind in kinds if isinstance(kind, list) for item in kind]
+    for name in ("mask", "background"):
+        value = getattr(params, name, None)
+        values = value if isinstance(value, list) else [value]
+        names += [v for v in values if isinstance(v, str)]
+    log = os.path.realpath(params.output.log)
+    if log in map(os.path.realpath, names):
+        raise ValueError(
+            f"output.log={params.output.log} is an input: give another name"
+        )
 
 
 def report_changes(parser: ArgumentParser) -> None:

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import h5py
 import pytest
@@ -136,3 +137,19 @@ def test_worker_ended_by_its_parent_says_nothing(capfd):
         worker.join(10)
     assert worker.exitcode == 128 + signal.SIGTERM
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["models.expt", "pixels.mask"])
+def test_log_does_not_overwrite_an_input(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    for file in ("models.expt", "pixels.mask"):
+        (tmp_path / file).write_text("precious")
+    item = SimpleNamespace(filename=str(tmp_path / "models.expt"))
+    params = SimpleNamespace(
+        input=SimpleNamespace(experiments=[item]),
+        mask="pixels.mask",
+        output=SimpleNamespace(log=name),
+    )
+    with pytest.raises(ValueError, match="is an input"):
+        command.start_log(params, SimpleNamespace(verbose=0))
+    assert (tmp_path / name).read_text() == "precious"
