@@ -281,3 +281,11 @@ def write_nexus(
     )
     write_nxmx(path, experiment, [[i] for i in images], 0.1, [~bad])
     return path
+
+
+def pixels_in_boxes(boxes, shape: tuple[int, int]) -> np.ndarray:
+    """Pixels in any of the boxes x0, x1, y0, y1, shape (n_slow, n_fast)."""
+    result = np.zeros(shape, dtype=bool)
+    for x0, x1, y0, y1 in boxes:
+        result[max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)] = True
+    return result

@@ -26,7 +26,7 @@ from dxtbx.model.experiment_list import ExperimentList
 from dials_diffuse.background.model import linear_weights
 from dials_diffuse.background.pixels import Pixels, read_photons
 from dials_diffuse.background.settings import BackgroundSettings
-from dials_diffuse.extraction.blocks import image_number
+from dials_diffuse.extraction.blocks import image_number, images_of
 from dials_diffuse.util.compat import oscillation_width
 
 REFERENCE_STEP = 0.005  # 1/Å, of the azimuthal mean
@@ -65,11 +65,6 @@ class PhiBin:
 def is_scan(experiment: Experiment) -> bool:
     """Whether an experiment rotates."""
     return bool(oscillation_width(experiment.scan)) and not experiment.is_still()
-
-
-def array_indices(experiment: Experiment) -> range:
-    """Array indices of the images of an experiment."""
-    return range(*experiment.scan.get_array_range()) if experiment.scan else range(1)
 
 
 def phi_of_image(experiment: Experiment, array_index: int) -> float:
@@ -111,7 +106,7 @@ def blank_images(
     """
     result = []
     for number, experiment in enumerate(experiments):
-        for array_index in array_indices(experiment):
+        for array_index in images_of(experiment):
             time = 1.0
             if settings.images.exposure_ratio is None:
                 time = known_exposure(experiment, array_index, "background")

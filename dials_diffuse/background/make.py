@@ -15,7 +15,6 @@ from dxtbx.model.experiment_list import ExperimentList
 from dials_diffuse.background.images import (
     CountSums,
     PhiBin,
-    array_indices,
     base_of_image,
     blank_images,
     check_same_detector,
@@ -39,7 +38,7 @@ from dials_diffuse.background.pixels import (
 )
 from dials_diffuse.background.radial import Profile, radial_profile
 from dials_diffuse.background.settings import BackgroundSettings
-from dials_diffuse.extraction.blocks import exposure_times
+from dials_diffuse.extraction.blocks import exposure_times, images_of
 from dials_diffuse.extraction.tables import TableKey, table_keys
 from dials_diffuse.geometry.orientation import frame_model
 from dials_diffuse.util.parallel import forked_results
@@ -116,7 +115,7 @@ def image_list(
         times = exposure_times(experiment)
         if not settings.corrections.exposure:
             times = [1.0] * len(times)
-        for i, time in zip(array_indices(experiment), times):
+        for i, time in zip(images_of(experiment), times):
             result.append(Image(number, i, time))
     return result
 

@@ -38,7 +38,6 @@ from dxtbx.model import Experiment
 from dxtbx.model.experiment_list import ExperimentList
 
 from dials_diffuse.bragg import spots as spot_finding
-from dials_diffuse.bragg.lattices import array_indices, image_identity
 from dials_diffuse.bragg.spots import Spots
 from dials_diffuse.bragg.widths import (
     SpotMoments,
@@ -46,7 +45,9 @@ from dials_diffuse.bragg.widths import (
     pixel_size,
     spot_moments,
 )
+from dials_diffuse.extraction.blocks import image_identity, images_of
 from dials_diffuse.extraction.reference import mean_cell
+from dials_diffuse.extraction.settings import covered_fraction, symmetric
 
 logger = logging.getLogger("dials.diffuse.extract")
 
@@ -154,19 +155,13 @@ class Ellipsoid:
             s: Their 1/d, Å⁻¹.
             radial: Whether the region has its own width along the scattering vector.
         """
-        g = full_matrix(self.metric)
+        g = symmetric(self.metric)
         distance = np.einsum("ni,ij,nj->n", dh, g, dh)
         if radial:
             along = np.einsum("ni,ij,nj->n", dh, g, hkl) * self.radius
             excess = self.growth - self.growth_radial
             distance += along**2 * excess / (1 + self.growth_radial * s**2)
         return distance < 1 + self.growth * s**2
-
-
-def full_matrix(metric: Sequence[float]) -> np.ndarray:
-    """The 3 x 3 matrix of g11, g22, g33, g12, g13, g23."""
-    g11, g22, g33, g12, g13, g23 = metric
-    return np.array([[g11, g12, g13], [g12, g22, g23], [g13, g23, g33]])
 
 
 def symmetrized(g: np.ndarray, rotations: np.ndarray) -> tuple[float, ...]:
@@ -183,17 +178,6 @@ def symmetrized(g: np.ndarray, rotations: np.ndarray) -> tuple[float, ...]:
     return tuple(map(float, (g[0, 0], g[1, 1], g[2, 2], g[0, 1], g[0, 2], g[1, 2])))
 
 
-def excluded_fraction(metric: Sequence[float], growth: float, s: float) -> float:
-    """Fraction of a reciprocal cell for which g(dh, dh) < 1 + growth s².
-
-    By counting points; to about 0.002.
-    """
-    axis = (np.arange(48) + 0.5) / 48 - 0.5
-    dh = np.stack(np.meshgrid(axis, axis, axis), axis=-1).reshape(-1, 3)
-    g = np.einsum("ni,ij,nj->n", dh, full_matrix(metric), dh)
-    return float(np.mean(g < 1 + growth * s**2))
-
-
 def b_matrix(cell: uctbx.unit_cell) -> np.ndarray:
     """B, which takes hkl to rlp in the crystal's Cartesian frame, shape (3, 3), Å⁻¹."""
     return np.array(cell.fractionalization_matrix()).reshape(3, 3).T
@@ -203,7 +187,7 @@ def sample_of_images(
     experiments: ExperimentList, numbers: Sequence[int], settings: FitSettings
 ) -> list[tuple[int, int]]:
     """Experiment and array index of some images, spread evenly."""
-    images = [(i, j) for i in numbers for j in array_indices(experiments[i])]
+    images = [(i, j) for i in numbers for j in images_of(experiments[i])]
     images = [image for image in images if image not in settings.rejected]
     n = settings.n_images
     chosen = np.unique(np.linspace(0, len(images) - 1, min(n, len(images))).round())
@@ -340,7 +324,7 @@ def _solve(design: np.ndarray, v: np.ndarray, chosen: np.ndarray) -> np.ndarray:
         normal = (a * weight[:, None]).T @ a + 1e-6 * len(b) * np.eye(a.shape[1])
         m = np.linalg.solve(normal, (a * weight[:, None]).T @ b)
         weight = 1 / np.maximum(np.abs(b - a @ m), 0.05)
-    return full_matrix(m[:6])
+    return symmetric(m[:6])
 
 
 def tail_factor(spots: Spots, moments_v: tuple[float, float], c: float) -> float:
@@ -453,8 +437,8 @@ def ellipsoid_of_spots(
         n_peaks=len(spots),
         n_pixels=int(spots.strong.sum()),
         n_images=n_images,
-        excluded_low=excluded_fraction(metric, growth, 0.0),
-        excluded_high=excluded_fraction(metric, growth, s_max),
+        excluded_low=covered_fraction(metric),
+        excluded_high=covered_fraction(metric, 1 + growth * s_max**2),
         d_min=1 / s_max,
     )
 
@@ -468,7 +452,7 @@ def default_ellipsoid(
     g = (b.T @ b) / np.outer(lengths, lengths) / DEFAULT_SEMI_AXIS**2
     metric = symmetrized(g, rotations)
     axes = 1 / np.sqrt(metric[:3])
-    excluded = excluded_fraction(metric, 0.0, 0.0)
+    excluded = covered_fraction(metric)
     return Ellipsoid(
         metric=metric,
         growth=0.0,
@@ -498,7 +482,7 @@ def data_sets(experiments: ExperimentList) -> list[list[int]]:
     for number, e in enumerate(experiments):
         key = "stills"
         if not e.is_still():
-            key = image_identity(e, array_indices(e)[0])
+            key = image_identity(e, images_of(e)[0])
         groups.setdefault(key, []).append(number)
     return list(groups.values())
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Hashable
 
-from dxtbx.model import Experiment
 from dxtbx.model.experiment_list import ExperimentList
 
-from dials_diffuse.extraction.blocks import image_number
+from dials_diffuse.extraction.blocks import image_identity, images_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,28 +28,6 @@ class SharedImages:
     shift: int
 
 
-def array_indices(experiment: Experiment) -> range:
-    """Array indices of the images of an experiment; 0 for a still without scan."""
-    return range(*experiment.scan.get_array_range()) if experiment.scan else range(1)
-
-
-def image_identity(experiment: Experiment, array_index: int) -> Hashable:
-    """What is equal for the same image in any image set.
-
-    Args:
-        experiment: The experiment.
-        array_index: Array index of the image in its scan, 0 for a still without.
-    """
-    imageset = experiment.imageset
-    number = image_number(experiment, array_index)
-    path = imageset.get_path(number)
-    reader = imageset.reader()
-    in_file = int(imageset.indices()[number])
-    if not path:
-        return id(reader), in_file
-    return path, in_file if reader.is_single_file_reader() else 0
-
-
 def shared_images(experiments: ExperimentList) -> list[list[SharedImages]]:
     """For each experiment, the others that have an image of its own.
 
@@ -60,7 +37,7 @@ def shared_images(experiments: ExperimentList) -> list[list[SharedImages]]:
     owners: dict[Hashable, list[tuple[int, int]]] = {}
     shifts: list[dict[int, int]] = [{} for _ in experiments]
     for number, experiment in enumerate(experiments):
-        for i in array_indices(experiment):
+        for i in images_of(experiment):
             owned = owners.setdefault(image_identity(experiment, i), [])
             for other, j in owned:
                 if other != number:
@@ -70,12 +47,4 @@ def shared_images(experiments: ExperimentList) -> list[list[SharedImages]]:
     return [
         [SharedImages(other, shift) for other, shift in sorted(partners.items())]
         for partners in shifts
-    ]
-
-
-def lattices_of_image(experiments: ExperimentList) -> list[list[int]]:
-    """For each experiment, the numbers of the others whose image is the same."""
-    return [
-        [partner.experiment for partner in partners]
-        for partners in shared_images(experiments)
     ]

@@ -7,7 +7,8 @@ import functools
 
 import numpy as np
 
-from cctbx import crystal, miller, sgtbx
+from cctbx import sgtbx
+from dxtbx import flumpy
 
 from dials_diffuse.grid import Grid
 from dials_diffuse.util.compat import miller_index_from_numpy
@@ -82,12 +83,15 @@ class PointGrid:
 def _is_absent(points: PointGrid) -> np.ndarray:
     n_points = int(np.prod(points.shape))
     hkl = points.hkl(points.n_voxels + np.arange(n_points))
-    symmetry = crystal.symmetry(
-        unit_cell=points.grid.cell,
-        space_group=sgtbx.space_group(points.grid.space_group),
-        assert_is_compatible_unit_cell=False,
-    )
-    flags = miller.set(
-        symmetry, miller_index_from_numpy(hkl), anomalous_flag=True
-    ).sys_absent_flags()
-    return np.array(flags.data().as_numpy_array(), dtype=bool)
+    return is_absent(hkl, sgtbx.space_group(points.grid.space_group))
+
+
+def is_absent(hkl: np.ndarray, group: sgtbx.space_group) -> np.ndarray:
+    """Whether reflections are absent by centring, screw axes or glide planes.
+
+    Args:
+        hkl: Miller indices, integers, shape (n, 3).
+        group: Space group.
+    """
+    flags = group.is_sys_absent(miller_index_from_numpy(np.asarray(hkl)))
+    return flumpy.to_numpy(flags).copy()

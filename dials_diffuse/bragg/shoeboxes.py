@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,9 +20,10 @@ from dxtbx.model.experiment_list import ExperimentList
 
 from dials.algorithms.spot_prediction import ray_intersection
 from dials.array_family import flex
-from dials_diffuse.bragg.centring import is_absent
-from dials_diffuse.bragg.lattices import array_indices, shared_images
-from dials_diffuse.geometry.orientation import frame_model
+from dials_diffuse.bragg.lattices import shared_images
+from dials_diffuse.bragg.points import is_absent
+from dials_diffuse.extraction.blocks import images_of
+from dials_diffuse.geometry.orientation import frame_model, rotation_axis
 from dials_diffuse.util.compat import miller_index_to_numpy
 
 QUANTILE = 0.95  # of the sizes of spots in a table
@@ -66,43 +67,6 @@ def _without_absences(table: flex.reflection_table, experiments: ExperimentList)
         own = np.flatnonzero(numbers == number)
         keep[own] = ~is_absent(hkl[own], experiment.crystal.get_space_group())
     return table.select(flex.bool(list(map(bool, keep))))
-
-
-def boxes_of_table(
-    experiments: ExperimentList, table: flex.reflection_table, absences: bool = False
-) -> Boxes:
-    """The boxes of a reflection table.
-
-    Args:
-        experiments: Experiments, numbered as the ``id`` of the table.
-        table: With the columns id, panel, bbox and miller_index.
-        absences: Whether systematically absent reflections have boxes too.
-
-    Raises:
-        ValueError: A column is missing, or an ``id`` is of no experiment.
-    """
-    missing = [c for c in ("id", "panel", "bbox", "miller_index") if c not in table]
-    if missing:
-        raise ValueError(
-            f"The reflection table has no {', '.join(missing)}: give one of "
-            "dials.integrate, or of dials.find_spots after indexing"
-        )
-    table = table.select(table["id"] >= 0)
-    if len(table) and max(table["id"]) >= len(experiments):
-        raise ValueError(
-            f"The reflection table is of {max(table['id']) + 1} experiments, not of "
-            f"{len(experiments)}: give the one that belongs to the experiment list"
-        )
-    if not absences:
-        table = _without_absences(table, experiments)
-    columns = [flumpy.to_numpy(column) for column in table["bbox"].parts()]
-    box = np.stack(columns, axis=1).astype(np.int32).reshape(-1, 6)
-    numbers = flumpy.to_numpy(table["id"]).astype(np.int32)
-    for number, e in enumerate(experiments):
-        if e.is_still():  # tables of stills number the image in several ways
-            first = array_indices(e)[0]
-            box[numbers == number, 4:] = first, first + 1
-    return Boxes(numbers, flumpy.to_numpy(table["panel"]).astype(np.int32), box)
 
 
 def spot_size(
@@ -174,7 +138,7 @@ def predict_still(
     Returns:
         Miller indices (n, 3), panels (n,) and pixel coordinates (n, 2).
     """
-    model = frame_model(experiment, array_indices(experiment)[0])
+    model = frame_model(experiment, images_of(experiment)[0])
     hkl = _lattice_points(experiment, d_min)
     rlp = hkl @ model.setting.T
     s = np.linalg.norm(rlp, axis=1)
@@ -228,10 +192,8 @@ def _predict_sweep(
         table = _without_absences(table, one)
     xyz = flumpy.to_numpy(table["xyzcal.px"]).reshape(-1, 3)
     s1 = flumpy.to_numpy(table["s1"]).reshape(-1, 3)
-    goniometer, beam = experiment.goniometer, experiment.beam
-    setting = np.array(goniometer.get_setting_rotation()).reshape(3, 3)
-    axis = setting @ np.array(goniometer.get_rotation_axis_datum())
-    normal = np.cross(s1, np.array(beam.get_s0()))
+    axis = rotation_axis(experiment, 0)
+    normal = np.cross(s1, np.array(experiment.beam.get_s0()))
     normal /= np.maximum(np.linalg.norm(normal, axis=1), 1e-12)[:, None]
     zeta = np.maximum(np.abs(normal @ axis), 0.05)
     width = abs(experiment.scan.get_oscillation()[1])
@@ -270,7 +232,7 @@ def predicted_boxes(
         if not absences and len(hkl):
             allowed = ~is_absent(hkl, e.crystal.get_space_group())
             panel, px = panel[allowed], px[allowed]
-        z = array_indices(e)[0] + 0.5
+        z = images_of(e)[0] + 0.5
         xyz = np.column_stack([px, np.full(len(px), z)])
         half = np.broadcast_to([size.fast, size.slow, 0.5], xyz.shape)
         parts.append(
@@ -341,16 +303,3 @@ class Shoeboxes:
         rows = np.concatenate(rows)
         panel = self._panel[rows]
         return [self._box[rows[panel == i], :4] for i in range(self._n_panels[number])]
-
-
-def rectangles_mask(
-    boxes: Sequence[Sequence[int]], shape: tuple[int, int]
-) -> np.ndarray:
-    """Pixels of a panel that are in a box, shape (n_slow, n_fast)."""
-    steps = np.zeros((shape[0] + 1, shape[1] + 1), dtype=np.int32)
-    if len(boxes):
-        x = np.clip(np.asarray(boxes)[:, :2], 0, shape[1])
-        y = np.clip(np.asarray(boxes)[:, 2:], 0, shape[0])
-        for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
-            np.add.at(steps, (y[:, j], x[:, i]), 1 if i == j else -1)
-    return steps.cumsum(axis=0).cumsum(axis=1)[:-1, :-1] > 0

@@ -25,7 +25,12 @@ from dials.algorithms.image.threshold import DispersionExtendedThreshold
 from dials_diffuse.extraction.loop import read_image
 from dials_diffuse.extraction.tables import good_pixels
 from dials_diffuse.geometry.directions import pixel_to_millimeter
-from dials_diffuse.geometry.orientation import FrameModel, frame_model, inverse
+from dials_diffuse.geometry.orientation import (
+    FrameModel,
+    frame_model,
+    inverse,
+    rotation_axis,
+)
 from dials_diffuse.util.compat import inclusive_trusted_range
 
 KERNEL = (3, 3)
@@ -103,9 +108,7 @@ def rotation_of_image(experiment: Experiment) -> Rotation | None:
     """The rotation during each image, None for a still."""
     if experiment.is_still():
         return None
-    goniometer = experiment.goniometer
-    setting = np.array(goniometer.get_setting_rotation()).reshape(3, 3)
-    axis = setting @ np.array(goniometer.get_rotation_axis_datum())
+    axis = rotation_axis(experiment, 0)
     return Rotation(axis, math.radians(experiment.scan.get_oscillation()[1]))
 
 

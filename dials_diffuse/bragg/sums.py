@@ -262,24 +262,3 @@ def _at_end(
     ends = [e.scan.get_array_range() if e.scan else (0, 0) for e in experiments]
     first, last = np.array(ends)[rows["id"]].T
     return (xyz[:, 2] < first + 2) | (xyz[:, 2] > last - 2)
-
-
-def merged_intensities(
-    peaks: PeakIntensities, experiments: ExperimentList
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean |F|² of each reflection, without regard to symmetry.
-
-    Rotation peaks that are complete count alike; the sums of stills are added up.
-
-    Returns:
-        Miller indices, |F|² and variances.
-    """
-    is_still = np.array([e.is_still() for e in experiments], dtype=bool)[peaks.id]
-    use = peaks.complete | is_still
-    hkl, group = np.unique(peaks.hkl[use], axis=0, return_inverse=True)
-    group = group.ravel()
-    weight = peaks.weight[use]
-    total = np.bincount(group, weight)
-    mean = np.bincount(group, peaks.intensity[use] * weight) / total
-    variance = np.bincount(group, peaks.variance[use] * weight**2) / total**2
-    return hkl, mean, variance

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Collection, Iterator
+from typing import Collection, Hashable, Iterator
 
 from dxtbx.imageset import ImageSequence
 from dxtbx.model import Experiment
@@ -120,6 +120,23 @@ def make_blocks(
         for number, experiment in enumerate(experiments)
         for block in experiment_blocks(number, experiment, block_width, rejected)
     ]
+
+
+def image_identity(experiment: Experiment, array_index: int) -> Hashable:
+    """What is equal for the same image in any image set: its file and place in it.
+
+    Args:
+        experiment: The experiment.
+        array_index: Array index of the image in its scan, 0 for a still without.
+    """
+    imageset = experiment.imageset
+    number = image_number(experiment, array_index)
+    in_file = int(imageset.indices()[number])
+    path = imageset.get_path(number)
+    if not os.path.isfile(path):  # images in memory have no name of their own
+        return id(imageset.reader()), in_file
+    single = imageset.reader().is_single_file_reader()
+    return os.path.realpath(path), in_file if single else 0
 
 
 def missing_images(experiments: ExperimentList) -> list[str]:

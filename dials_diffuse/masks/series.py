@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from typing import Sequence
+from typing import Hashable, Sequence
 
 import numpy as np
 
 from dxtbx.model import Detector, Experiment, Panel
 from dxtbx.model.experiment_list import ExperimentList
 
-from dials_diffuse.extraction.blocks import image_number
+from dials_diffuse.extraction.blocks import image_identity, images_of
 from dials_diffuse.extraction.tables import detector_numbers
 
 
@@ -51,23 +50,12 @@ def make_series(experiments: ExperimentList) -> list[Series]:
     result = []
     for number in range(len(experiments.detectors())):
         own = [e for e, n in zip(experiments, numbers) if n == number]
-        images: dict[tuple, tuple[Experiment, int]] = {}
+        images: dict[Hashable, tuple[Experiment, int]] = {}
         for experiment in own:
-            scan = experiment.scan
-            for i in range(*scan.get_array_range()) if scan else (0,):
-                images.setdefault(_image_key(experiment, i), (experiment, i))
+            for i in images_of(experiment):
+                images.setdefault(image_identity(experiment, i), (experiment, i))
         result.append(Series(own, list(images.values())))
     return result
-
-
-def _image_key(experiment: Experiment, array_index: int) -> tuple:
-    """What tells an image from others: its file and its place in it."""
-    number = image_number(experiment, array_index)
-    imageset = experiment.imageset
-    path = imageset.get_path(number)
-    if not os.path.isfile(path):  # images in memory have no name of their own
-        return id(imageset), number
-    return os.path.realpath(path), imageset.indices()[number]
 
 
 def panel_name(panel: Panel, number: int) -> str:

@@ -26,15 +26,14 @@ from dials_diffuse.bragg.ellipsoid import (
     FitSettings,
     b_matrix,
     data_sets,
-    excluded_fraction,
     fit_data_sets,
     fit_ellipsoid,
-    full_matrix,
     peak_shape,
     symmetrized,
 )
 from dials_diffuse.bragg.spots import Spots
 from dials_diffuse.bragg.widths import SpotMoments
+from dials_diffuse.extraction.settings import covered_fraction, symmetric
 from dials_diffuse.simulation.bragg import PeakShape
 from dials_diffuse.simulation.settings import SimulationSettings
 from dials_diffuse.simulation.simulate import Simulation
@@ -153,7 +152,7 @@ def test_holds_the_peaks_and_not_much_else(space_group, mode, mosaicity):
     assert figures[True][1] < 0.01
     if mosaicity < 0.1:  # else the region grows along s, where the peaks do not
         assert figures[False][1] < 0.01
-    g = full_matrix(fit.metric)
+    g = symmetric(fit.metric)
     np.testing.assert_allclose(symmetrized(g, group), fit.metric, rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(
         group @ g @ np.swapaxes(group, 1, 2), np.broadcast_to(g, group.shape), atol=1e-6
@@ -285,7 +284,7 @@ def test_symmetric_region_holds_all_equivalents(symbol):
     rng = np.random.default_rng(6)
     a = rng.normal(size=(3, 3))
     g = a.T @ a + 0.05 * np.eye(3)
-    metric = full_matrix(symmetrized(g, rotations))
+    metric = symmetric(symmetrized(g, rotations))
     np.testing.assert_allclose(metric, rotations[-1] @ metric @ rotations[-1].T)
     x = rng.normal(size=(2000, 3))
     farthest = 0.0
@@ -299,9 +298,9 @@ def test_symmetric_region_holds_all_equivalents(symbol):
 def test_excluded_fraction_grows_with_s():
     metric = (1 / 0.2**2,) * 3 + (0.0, 0.0, 0.0)
     volume = 4 / 3 * math.pi * 0.2**3
-    assert excluded_fraction(metric, 5.0, 0.0) == pytest.approx(volume, abs=0.001)
+    assert covered_fraction(metric) == pytest.approx(volume, abs=0.001)
     grown = volume * (1 + 5.0 * 0.3**2) ** 1.5
-    assert excluded_fraction(metric, 5.0, 0.3) == pytest.approx(grown, abs=0.002)
+    assert covered_fraction(metric, 1 + 5.0 * 0.3**2) == pytest.approx(grown, abs=0.002)
 
 
 def test_impossible_settings():

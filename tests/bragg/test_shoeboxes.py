@@ -17,16 +17,14 @@ from dxtbx.model import Experiment
 from dxtbx.model.experiment_list import ExperimentList
 
 from dials.array_family import flex
-from dials_diffuse.bragg.centring import is_absent
-from dials_diffuse.bragg.lattices import lattices_of_image
+from dials_diffuse.bragg.lattices import shared_images
+from dials_diffuse.bragg.points import is_absent
 from dials_diffuse.bragg.shoeboxes import (
     Boxes,
     Shoeboxes,
     SpotSize,
-    boxes_of_table,
     predict_still,
     predicted_boxes,
-    rectangles_mask,
     spot_size,
 )
 from dials_diffuse.geometry.orientation import frame_model
@@ -72,7 +70,9 @@ def test_boxes_of_each_image_of_a_sweep():
         box = tuple(map(int, (x, x + size[0], y, y + size[1], z, z + size[2])))
         rows.append((0, int(rng.integers(0, 2)), box, (1, 2, 3)))
     experiments = ExperimentList([sweep()])
-    shoeboxes = Shoeboxes(experiments, boxes_of_table(experiments, table_of(rows)))
+    number, panel, box, _ = zip(*rows)
+    boxes = Boxes(*(np.array(column, np.int32) for column in (number, panel, box)))
+    shoeboxes = Shoeboxes(experiments, boxes)
     for index in range(2, 12):
         found = shoeboxes.boxes_of_image(0, index)
         for panel in range(2):
@@ -80,25 +80,6 @@ def test_boxes_of_each_image_of_a_sweep():
                 r[2][:4] for r in rows if r[1] == panel and r[2][4] <= index < r[2][5]
             ]
             assert sorted(map(tuple, found[panel].tolist())) == sorted(expected)
-
-
-def test_absent_reflections_have_no_boxes_unless_asked():
-    experiments = ExperimentList([still(7, "P 21 21 21")])
-    table = table_of(
-        [(0, 0, (1, 3, 1, 3, 0, 1), (3, 0, 0)), (0, 0, (5, 7, 5, 7, 0, 1), (4, 0, 0))]
-    )
-    assert boxes_of_table(experiments, table).box[:, 0].tolist() == [5]
-    assert len(boxes_of_table(experiments, table, absences=True).box) == 2
-
-
-def test_tables_that_do_not_fit():
-    experiments = ExperimentList([still(7)])
-    table = table_of([(3, 0, (1, 3, 1, 3, 0, 1), (3, 0, 0))])
-    with pytest.raises(ValueError, match="of 4 experiments, not of 1"):
-        boxes_of_table(experiments, table)
-    del table["bbox"]
-    with pytest.raises(ValueError, match="no bbox"):
-        boxes_of_table(experiments, table)
 
 
 def test_predicted_reflections_of_a_still_lie_where_their_points_are():
@@ -187,6 +168,10 @@ def test_predictions_leave_out_absences():
     assert absent.sum() == len(all_of_them.box) - len(some.box) > 0
 
 
+def partners_of(experiments) -> list[list[int]]:
+    return [[p.experiment for p in partners] for partners in shared_images(experiments)]
+
+
 def test_all_lattices_of_an_image(tmp_path):
     """Two lattices in the same images, as separate image sets, one starting later."""
     images = [np.zeros((50, 60), np.int32)] * 4
@@ -196,7 +181,7 @@ def test_all_lattices_of_an_image(tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     experiments.extend(import_images(write_images(other, images, width=0.5)))
-    assert lattices_of_image(experiments) == [[1], [0], []]
+    assert partners_of(experiments) == [[1], [0], []]
     first = experiments[1].scan.get_array_range()[0]
     boxes = Boxes(
         np.array([0, 1, 2], np.int32),
@@ -222,7 +207,7 @@ def test_lattices_of_stills_in_memory():
         imageset=one.imageset,
     )
     experiments = ExperimentList([one, still(8, identifier="1"), second])
-    assert lattices_of_image(experiments) == [[2], [], [0]]
+    assert partners_of(experiments) == [[2], [], [0]]
 
 
 def test_size_of_spots():
@@ -231,12 +216,3 @@ def test_size_of_spots():
     assert spot_size(table_of(rows), experiments) == pytest.approx((2.5, 1.5, 1.0))
     with pytest.raises(ValueError, match="do not tell how far"):
         spot_size(table_of(rows), ExperimentList([still(7)]))
-
-
-def test_mask_of_rectangles():
-    boxes = np.array([[1, 4, 2, 3], [2, 5, 0, 4], [-3, 1, -2, 1], [9, 20, 5, 30]])
-    expected = np.zeros((7, 12), bool)
-    for x0, x1, y0, y1 in boxes:
-        expected[max(y0, 0) : y1, max(x0, 0) : x1] = True
-    np.testing.assert_array_equal(rectangles_mask(boxes, (7, 12)), expected)
-    assert not rectangles_mask(np.empty((0, 4)), (7, 12)).any()

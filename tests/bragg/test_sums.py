@@ -23,13 +23,14 @@ from truth_ladder import (
     vary,
 )
 
-from cctbx import uctbx
+from cctbx import sgtbx, uctbx
 from dxtbx.model import Experiment
+from dxtbx.model.experiment_list import ExperimentList
 
-from dials_diffuse.bragg.points import PointGrid
+from dials_diffuse.bragg.points import PointGrid, is_absent
 from dials_diffuse.bragg.sums import (
+    PeakIntensities,
     add_surroundings,
-    merged_intensities,
     swept_volume,
 )
 from dials_diffuse.extraction.extract import extract
@@ -65,6 +66,22 @@ def test_absent_points_are_those_of_the_centring_and_of_screw_axes():
     assert len(axis) > 0
     assert np.all(np.count_nonzero(axis, axis=1) == 1)
     assert np.all(axis.sum(axis=1) % 2 == 1)
+
+
+@pytest.mark.parametrize(
+    "symbol, allowed",
+    [
+        ("P 2 2 2", lambda h, k, l: h == h),
+        ("A 1 2 1", lambda h, k, l: (k + l) % 2 == 0),
+        ("I 2 2 2", lambda h, k, l: (h + k + l) % 2 == 0),
+        ("F 2 2 2", lambda h, k, l: ((h + k) % 2 == 0) & ((k + l) % 2 == 0)),
+        ("R 3 :H", lambda h, k, l: (-h + k + l) % 3 == 0),
+    ],
+)
+def test_reflection_conditions_of_international_tables(symbol, allowed):
+    hkl = np.stack(np.indices((9, 9, 9)), axis=-1).reshape(-1, 3) - 4
+    absent = is_absent(hkl, sgtbx.space_group_info(symbol).group())
+    np.testing.assert_array_equal(absent, ~allowed(*hkl.T))
 
 
 def row(key, counts, normalisation, background=0.0):
@@ -154,6 +171,27 @@ def test_a_whole_rotation_sweeps_the_seen_volume_twice(kind, turn):
         assert found == pytest.approx(expected, rel=1e-3)
         print(f"swept volume over that of the shell: {found / expected - 1:+.5f}")
     assert np.all((zeta >= 0) & (zeta < 1 + 1e-12))
+
+
+def merged_intensities(
+    peaks: PeakIntensities, experiments: ExperimentList
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean |F|² of each reflection, without regard to symmetry.
+
+    Rotation peaks that are complete count alike; the sums of stills are added up.
+
+    Returns:
+        Miller indices, |F|² and variances.
+    """
+    is_still = np.array([e.is_still() for e in experiments], dtype=bool)[peaks.id]
+    use = peaks.complete | is_still
+    hkl, group = np.unique(peaks.hkl[use], axis=0, return_inverse=True)
+    group = group.ravel()
+    weight = peaks.weight[use]
+    total = np.bincount(group, weight)
+    mean = np.bincount(group, peaks.intensity[use] * weight) / total
+    variance = np.bincount(group, peaks.variance[use] * weight**2) / total**2
+    return hkl, mean, variance
 
 
 PEAKS = vary(

@@ -20,6 +20,7 @@ from simulate_images import (
     make_goniometer,
     make_scan,
     memory_experiment,
+    pixels_in_boxes,
     random_images,
     write_images,
 )
@@ -47,7 +48,6 @@ from dials_diffuse.background.model import (
 from dials_diffuse.bragg.ellipsoid import (
     FitSettings,
     default_ellipsoid,
-    full_matrix,
     sample_of_images,
 )
 from dials_diffuse.bragg.shoeboxes import (
@@ -55,7 +55,6 @@ from dials_diffuse.bragg.shoeboxes import (
     Shoeboxes,
     SpotSize,
     predicted_boxes,
-    rectangles_mask,
 )
 from dials_diffuse.extraction.blocks import exposure_times, images_of
 from dials_diffuse.extraction.extract import extract
@@ -65,6 +64,7 @@ from dials_diffuse.extraction.settings import (
     BraggSettings,
     CorrectionSettings,
     ExtractionSettings,
+    symmetric,
 )
 from dials_diffuse.extraction.tables import good_pixels, panel_arrays
 from dials_diffuse.geometry.orientation import frame_model, inverse
@@ -121,7 +121,7 @@ def hkl_of(e: Experiment, array_index: int, pixels: PanelPixels) -> np.ndarray:
 def from_lattice(hkl: np.ndarray, metric: Sequence[float]) -> np.ndarray:
     """g(dh, dh) of the nearest lattice points."""
     dh = hkl - np.floor(hkl + 0.5)
-    return np.einsum("i...,ij,j...->...", dh, full_matrix(metric), dh)
+    return np.einsum("i...,ij,j...->...", dh, symmetric(metric), dh)
 
 
 def sure_pixels(
@@ -562,7 +562,7 @@ def test_no_pixel_of_a_box_is_used(tmp_path):
         of_image = (boxes.experiment == number) & (boxes.panel == panel)
         of_image &= (boxes.box[:, 4] <= i) & (i < boxes.box[:, 5])
         wider = boxes.box[of_image, :4] + np.array([-1, 1, -1, 1])
-        return ~rectangles_mask(wider, hkl.shape[1:])
+        return ~pixels_in_boxes(wider, hkl.shape[1:])
 
     table = run(experiments, settings, tmp_path)
     parts = [recount(e, n, settings, used) for n, e in enumerate(experiments)]
@@ -589,7 +589,7 @@ def test_boxes_of_other_lattices_are_in_no_table(tmp_path):
     )
 
     def used(i, panel, number, hkl):
-        return ~rectangles_mask(boxes.box[[panel], :4], hkl.shape[1:])
+        return ~pixels_in_boxes(boxes.box[[panel], :4], hkl.shape[1:])
 
     table = run(experiments, settings, tmp_path)
     parts = [recount(e, n, settings, used) for n, e in enumerate(experiments)]
