@@ -181,10 +181,13 @@ def peak_intensities(
     hkl = points.hkl(rows["key"])
     factor, weight = np.zeros(len(rows)), np.ones(len(rows))
     zeta, coverage = np.ones(len(rows)), np.ones(len(rows))
-    for number, experiment in enumerate(experiments):
-        mine = rows["id"] == number
+    # rows are ordered by experiment
+    starts = np.searchsorted(rows["id"], np.arange(len(experiments) + 1))
+    for number in np.unique(rows["id"]):
+        experiment = experiments[int(number)]
+        mine = slice(starts[number], starts[number + 1])
         region = settings.region(experiment, grid)
-        if region is None or not mine.any():
+        if region is None:
             continue
         volume = region.volume(experiment.crystal.get_unit_cell(), hkl[mine])
         if experiment.is_still():
@@ -193,7 +196,7 @@ def peak_intensities(
             continue
         coverage[mine] = 1 / volume
         for panel in np.unique(rows["panel"][mine]):
-            at = mine & (rows["panel"] == panel)
+            at = starts[number] + np.flatnonzero(rows["panel"][mine] == panel)
             swept, zeta[at] = swept_volume(
                 experiment.detector[int(panel)], experiment, xyz[at]
             )

@@ -12,18 +12,23 @@ import numpy as np
 
 from dxtbx import flumpy
 from dxtbx.model import Experiment
+from scitbx.array_family import flex
 
 import dials_diffuse_ext as ext
 from dials_diffuse.extraction.blocks import exposure_times
 from dials_diffuse.extraction.loop import loop_frame, read_image
 from dials_diffuse.extraction.settings import ExtractionSettings
 from dials_diffuse.extraction.tables import (
+    PanelTable,
     detector_tables,
-    good_pixels,
     inclusive_trusted_range,
-    panel_arrays,
 )
-from dials_diffuse.geometry.orientation import crystal_setting, frame_model, inverse
+from dials_diffuse.geometry.orientation import (
+    FrameModel,
+    crystal_setting,
+    frame_model,
+    inverse,
+)
 from dials_diffuse.grid import Grid
 
 RING = 0.01  # Å⁻¹, width of the rings of ``expected_counts``
@@ -75,34 +80,19 @@ def image_pixels(
         ValueError: The image cannot be read, or no pixel is left.
     """
     model = frame_model(experiment, array_index)
-    frame = loop_frame(model, experiment, grid, settings)
     images = read_image(experiment, array_index)
     exposure = 1.0
     if settings.corrections.exposure and experiment.scan is not None:
         first = experiment.scan.get_array_range()[0]
         exposure = exposure_times(experiment)[array_index - first]
-    parts = []
-    for number, table in enumerate(detector_tables(experiment, settings)):
-        panel = experiment.detector[number]
-        good = good_pixels(panel, number, experiment.imageset, settings.mask)
-        arrays = panel_arrays(panel, experiment.beam, good, settings.corrections)
-        places = ext.voxels(grid.half_size, table.panel, frame)
-        key = flumpy.to_numpy(places).reshape(good.shape)
-        value = flumpy.to_numpy(images[number])
-        low, high = settings.trusted_range or inclusive_trusted_range(panel)
-        used = (arrays.weight > 0) & (value >= low) & (value <= high)
-        used &= (key >= 0) & (key < np.prod(grid.shape, dtype=np.int64))
-        rows = np.empty(np.count_nonzero(used), dtype=PIXELS)
-        rows["panel"] = number
-        rows["y"], rows["x"] = np.nonzero(used)
-        e = arrays.e[:, used].T.astype(float)
-        scattering = e * np.linalg.norm(model.s0) - model.s0
-        rows["hkl"] = scattering @ inverse(model.setting).T
-        rows["voxel"] = grid.index(key[used])
-        rows["counts"] = table.photons(value[used].astype(float), np.ones(len(rows)))
-        rows["normalisation"] = arrays.weight[used] * (arrays.weight_unit * exposure)
-        parts.append(rows)
-    pixels = np.concatenate(parts)
+    pixels = np.concatenate(
+        [
+            _panel_pixels(
+                number, table, experiment, images[number], model, grid, settings
+            )
+            for number, table in enumerate(detector_tables(experiment, settings))
+        ]
+    )
     if len(pixels) == 0:
         raise ValueError(
             "No pixel is left: check the mask, the trusted range and the resolution "
@@ -111,9 +101,40 @@ def image_pixels(
     first = experiment.scan.get_array_range()[0] if experiment.scan else array_index
     a = crystal_setting(experiment.crystal, array_index - first)
     pixels["rlp"] = pixels["hkl"] @ a.T
+    pixels["normalisation"] *= exposure
     pixels["intensity"] = pixels["counts"] / pixels["normalisation"]
     pixels["sigma"] = standard_deviations(pixels)
     return pixels
+
+
+def _panel_pixels(
+    number: int,
+    table: PanelTable,
+    experiment: Experiment,
+    image: flex.int | flex.double,
+    model: FrameModel,
+    grid: Grid,
+    settings: ExtractionSettings,
+) -> np.ndarray:
+    """The pixels of a panel of an image of 1 s, without what all pixels decide."""
+    frame = loop_frame(model, experiment, grid, settings)
+    weight = table.arrays.weight
+    places = ext.voxels(grid.half_size, table.panel, frame)
+    key = flumpy.to_numpy(places).reshape(weight.shape)
+    value = flumpy.to_numpy(image)
+    panel = experiment.detector[number]
+    low, high = settings.trusted_range or inclusive_trusted_range(panel)
+    used = (weight > 0) & (value >= low) & (value <= high) & (key >= 0)
+    rows = np.empty(np.count_nonzero(used), dtype=PIXELS)
+    rows["panel"] = number
+    rows["y"], rows["x"] = np.nonzero(used)
+    e = table.arrays.e[:, used].T.astype(float)
+    scattering = e * np.linalg.norm(model.s0) - model.s0
+    rows["hkl"] = scattering @ inverse(model.setting).T
+    rows["voxel"] = grid.index(key[used])
+    rows["counts"] = table.photons(value[used].astype(float), np.ones(len(rows)))
+    rows["normalisation"] = weight[used] * table.weight_unit
+    return rows
 
 
 def expected_counts(pixels: np.ndarray) -> np.ndarray:

@@ -345,12 +345,14 @@ class PanelTable:
 
     Attributes:
         panel: The arrays in the extension.
+        arrays: The same arrays, whose memory it uses.
         weight_unit: Normalisation of a weight of 1, without the exposure time.
         gain: Detector units per photon.
         pedestal: Value of a pixel without photons.
     """
 
     panel: ext.Panel
+    arrays: PanelArrays
     weight_unit: float
     gain: float
     pedestal: float
@@ -388,6 +390,8 @@ def detector_tables(
         )
         gain = settings.gain or panel.get_gain()
         tables.append(
-            PanelTable(loop_panel, arrays.weight_unit, gain, panel.get_pedestal())
+            PanelTable(
+                loop_panel, arrays, arrays.weight_unit, gain, panel.get_pedestal()
+            )
         )
     return tables

@@ -92,6 +92,22 @@ def test_pixels_sum_to_the_voxels_of_extraction(make, array_index):
         np.testing.assert_array_equal(sums, rows[axis][order])
 
 
+def test_mask_of_the_experiment_alone():
+    """Masks by identifier leave out what one mask for all would."""
+    experiment = still()
+    settings = masked(experiment, SETTINGS)
+    grid = make_grid(ExperimentList([experiment]), settings)
+    expected = image_pixels(experiment, 0, grid, settings)
+    own = dataclasses.replace(
+        settings, mask=None, masks={experiment.identifier: settings.mask}
+    )
+    np.testing.assert_array_equal(image_pixels(experiment, 0, grid, own), expected)
+    everything = image_pixels(
+        experiment, 0, grid, dataclasses.replace(settings, mask=None)
+    )
+    assert len(everything) > len(expected)
+
+
 def test_voxels_are_those_of_the_indices():
     experiment = rotation()
     grid = make_grid(ExperimentList([experiment]), SETTINGS)
