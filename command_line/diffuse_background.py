@@ -257,7 +257,6 @@ def process(params: Any, phil: str) -> dict[str, Any]:
         ValueError: The input or a parameter will not do.
     """
     blank_names = list(filter(None, params.images.experiments))
-    names = [item.filename for item in params.input.experiments]
     check_output(params)
     settings = BackgroundSettings.from_phil(params)
     if blank_names and settings.method != "images":
@@ -269,7 +268,13 @@ def process(params: Any, phil: str) -> dict[str, Any]:
     logger.info("method=%s takes off %s", settings.method, REMOVES[settings.method])
     with atomic_path(params.output.background) as path:
         with BackgroundWriter(
-            path, settings.method, settings.corrections, axes, phil, names + blank_names
+            path,
+            settings.method,
+            settings.corrections,
+            axes,
+            phil,
+            input_names(params),
+            {"gain": settings.gain, "trusted_range": settings.trusted_range},
         ) as writer:
             make_background(experiments, settings, writer, blanks)
     logger.info("Background written to %s", params.output.background)

@@ -145,6 +145,7 @@ def with_files(
     if params.background is not None:
         with BackgroundFile(params.background) as background:
             background.check_corrections(settings.corrections)
+            background.check_counting(settings.gain, settings.trusted_range)
             check_images(background, experiments)
     return dataclasses.replace(settings, **given_mask(params.mask, experiments))
 

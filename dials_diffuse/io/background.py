@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from typing import Sequence
+from typing import Any, Mapping, Sequence
 
 import h5py
 import numpy as np
@@ -58,6 +58,8 @@ class BackgroundWriter:
         axes: Where the points of profiles and grids are.
         phil: The PHIL parameters, as text.
         inputs: Names of the input files.
+        counting: What counts were made with: gain and trusted_range, None for those of
+            the panels.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class BackgroundWriter:
         axes: BackgroundAxes,
         phil: str = "",
         inputs: Sequence[str] = (),
+        counting: Mapping[str, Any] | None = None,
     ) -> None:
         self.axes = axes
         self._output = HDF5Output(path)
@@ -81,6 +84,7 @@ class BackgroundWriter:
         process.attrs["schema"] = SCHEMA
         process.attrs["method"] = method
         process.attrs["corrections"] = json.dumps(dataclasses.asdict(corrections))
+        process.attrs["counting"] = json.dumps(counting or {})
         self._bases: list[tuple[float, int]] = []
         self._columns: dict[str, list] = {name: [] for name in IMAGE_COLUMNS}
         self._identifiers: dict[str, int] = {}
@@ -220,6 +224,7 @@ class BackgroundFile(HDF5Input):
     Attributes:
         method: How it was made.
         corrections: The factors of the normalisation that profiles and grids refer to.
+        counting: gain and trusted_range that it was made with, None for the panels' own.
         axes: Where their points are.
         images: Identifier and array index of each image, in the order of the file.
         n_bases: Number of bases.
@@ -240,6 +245,7 @@ class BackgroundFile(HDF5Input):
         self._entry = entry
         self.method = str(root.attrs["method"])
         self.corrections = _corrections(root.attrs["corrections"])
+        self.counting: dict[str, Any] = json.loads(root.attrs["counting"])
         images = entry["images"]
         self._columns = {name: images[name][()] for name in IMAGE_COLUMNS}
         names = images["identifiers"].asstr()[()]
@@ -267,6 +273,23 @@ class BackgroundFile(HDF5Input):
                 raise ValueError(
                     f"{self.path} was made with corrections.{name}={value}, not {other}: "
                     "use the same corrections for both, or make it again"
+                )
+
+    def check_counting(
+        self, gain: float | None, trusted_range: tuple[float, float] | None
+    ) -> None:
+        """Check that photons were counted as they are now.
+
+        Raises:
+            ValueError: They were not.
+        """
+        now = {"gain": gain, "trusted_range": trusted_range and list(trusted_range)}
+        for name, value in now.items():
+            made_with = self.counting.get(name)
+            if made_with != value:
+                raise ValueError(
+                    f"{self.path} was made with {name}={made_with}, not {value}: use the "
+                    "same for both, or make it again"
                 )
 
     def of_image(self, identifier: str, array_index: int) -> ImageBackground:

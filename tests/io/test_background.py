@@ -37,13 +37,28 @@ def written(tmp_path):
     bases = [tuple(rng.random((6, n)).astype("float32") for n in (8, 9)) for _ in "12"]
     with atomic_path(path) as part:
         with BackgroundWriter(
-            part, "modal", CORRECTIONS, AXES, "method=modal", ["a.expt"]
+            part,
+            "modal",
+            CORRECTIONS,
+            AXES,
+            "method=modal",
+            ["a.expt"],
+            {"gain": 2.0, "trusted_range": (0.0, 99.0)},
         ) as writer:
             for rates in bases:
                 writer.add_base(rates, tuple(2 * r for r in rates), 0.5, 3)
             for key, terms in images.items():
                 writer.add_image(*key, terms)
     return path, images, bases
+
+
+def test_counts_must_be_made_alike(written):
+    with BackgroundFile(written[0]) as handle:
+        handle.check_counting(2.0, (0.0, 99.0))
+        with pytest.raises(ValueError, match="made with gain=2.0, not None"):
+            handle.check_counting(None, (0.0, 99.0))
+        with pytest.raises(ValueError, match="trusted_range"):
+            handle.check_counting(2.0, (0.0, 98.0))
 
 
 def test_what_is_written_is_read(written):
