@@ -144,10 +144,27 @@ class ImageResiduals:
         }
 
 
+def whole_spots(
+    experiment: Experiment, reflections: flex.reflection_table
+) -> flex.reflection_table:
+    """The spots that no end of a scan cuts: the others' centroids are not theirs.
+
+    All of them if none is whole, or the table has no ``bbox`` to tell.
+    """
+    if experiment.is_still() or "bbox" not in reflections:
+        return reflections
+    z0, z1 = (flumpy.to_numpy(z) for z in reflections["bbox"].parts()[4:])
+    first, last = experiment.scan.get_array_range()
+    whole = (z0 > first) & (z1 < last)
+    if not whole.any():
+        return reflections
+    return reflections.select(flumpy.from_numpy(whole))
+
+
 def image_residuals(
     experiments: ExperimentList, reflections: flex.reflection_table
 ) -> ImageResiduals:
-    """The distances of indexed spots, image by image.
+    """The distances of indexed spots, image by image; see ``whole_spots``.
 
     Args:
         experiments: The experiments.
@@ -162,6 +179,7 @@ def image_residuals(
         rows = order[starts[number] : starts[number + 1]].astype(np.uint64)
         if len(rows) and experiment.crystal is not None:
             selected = reflections.select(flumpy.from_numpy(rows))
+            selected = whole_spots(experiment, selected)
             parts.append(_per_image(number, spot_residuals(experiment, selected)))
     number, image, n_spots, *figures = np.concatenate(parts).T
     return ImageResiduals(*(x.astype(int) for x in (number, image, n_spots)), *figures)

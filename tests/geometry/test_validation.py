@@ -172,6 +172,29 @@ def test_rotation_takes_each_spots_own_image():
     assert images_to_reject(images, 1.3 * good) == {(0, 5), (0, 6), (0, 7)}
 
 
+def test_spots_that_an_end_of_the_scan_cuts_are_not_judged():
+    """Their centroids are those of what is left of them."""
+    experiments = ExperimentList([sweep()])
+    reflections = joined(experiments, noise=0.0)
+    first, last = experiments[0].scan.get_array_range()
+    x, y, z = (part.as_numpy_array() for part in reflections["xyzobs.px.value"].parts())
+    z0, z1 = np.floor(z).astype(int), np.floor(z).astype(int) + 1
+    cut = (z0 == first) | (z1 == last)
+    x = np.where(cut, x + 5, x)
+    reflections["xyzobs.px.value"] = flex.vec3_double(*map(flex.double, (x, y, z)))
+    names = image_residuals(experiments, reflections).array_index
+    assert names.tolist() == list(range(first, last))
+    zero = [0] * len(z)
+    box = zip(zero, zero, zero, zero, map(int, z0), map(int, z1))
+    reflections["bbox"] = flex.int6(list(box))
+    images = image_residuals(experiments, reflections)
+    assert images.array_index.tolist() == list(range(first + 1, last - 1))
+    exact = image_residuals(experiments, joined(experiments, noise=0.0))
+    np.testing.assert_allclose(images.mean, exact.mean[1:-1])
+    alone = reflections.select(flex.bool(list(map(bool, cut))))
+    assert len(image_residuals(experiments, alone)) == 2  # better than none
+
+
 def test_automatic_tolerance():
     images = image_residuals(
         ExperimentList([still(i) for i in range(10)]), ten_stills()
