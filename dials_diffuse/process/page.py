@@ -9,13 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Mapping, NamedTuple, Sequence
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dials_diffuse.report.embedding import draw, embed
+from dials_diffuse.report.embedding import draw, embed, page_environment
 
 RESOLUTION_TICKS = 5
 
@@ -58,28 +57,16 @@ class Page:
 
     def render(self) -> str:
         """The page as HTML."""
-        environment = jinja2.Environment(
-            loader=jinja2.PackageLoader("dials_diffuse.process", "templates"),
-            autoescape=True,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            undefined=jinja2.StrictUndefined,
-        )
-        environment.filters["figure"] = format_figure
+        environment = page_environment()
         environment.filters["cell"] = format_cell
         merging = self.record.get("merging")
-        return environment.get_template("diffuse.html").render(
+        return environment.get_template("process.html").render(
             **self.record,
             plot=merging and embed(plot_shells(merging["shells"]), "svg+xml"),
             picture=self.picture and embed(self.picture.read_bytes(), "png"),
             mask_pictures=[embed(p.read_bytes(), "png") for p in self.mask_pictures],
             sections=self.sections,
         )
-
-
-def format_figure(value: float | None, form: str = ".2f", factor: float = 1) -> str:
-    """A number, or a dash for one that is not defined."""
-    return "–" if value is None else format(value * factor, form)
 
 
 def format_cell(

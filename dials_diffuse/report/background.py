@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Mapping, Sequence
 
-import jinja2
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dials_diffuse.background.sample import SampleImage, Shell
-from dials_diffuse.process.page import format_figure
-from dials_diffuse.report.embedding import draw, embed
+from dials_diffuse.report.embedding import draw, embed, page_environment
 
 MOST_CURVES = 40
 PICTURE_DPI = 110
@@ -169,14 +167,7 @@ def render_page(
         record: What is written as JSON too.
         figures: Captions and figures.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("dials_diffuse.report", "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["figure"] = format_figure
+    environment = page_environment()
     pictures = [
         (caption, embed(draw(figure, "png", PICTURE_DPI), "png"))
         for caption, figure in figures

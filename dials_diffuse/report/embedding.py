@@ -1,10 +1,11 @@
-"""Pictures inside HTML pages, which need no other files then."""
+"""HTML pages with their pictures inside, which need no other files then."""
 
 from __future__ import annotations
 
 import base64
 import io
 
+import jinja2
 from matplotlib.figure import Figure
 
 
@@ -23,3 +24,21 @@ def draw(figure: Figure, form: str, dpi: float | str = "figure") -> bytes:
     picture = io.BytesIO()
     figure.savefig(picture, format=form, dpi=dpi)
     return picture.getvalue()
+
+
+def page_environment() -> jinja2.Environment:
+    """The templates of pages, which extend ``base.html``."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("dials_diffuse.report", "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["figure"] = format_figure
+    return environment
+
+
+def format_figure(value: float | None, form: str = ".2f", factor: float = 1) -> str:
+    """A number, or a dash for one that is not defined."""
+    return "–" if value is None else format(value * factor, form)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from typing import Any, Mapping, Sequence
 
-import jinja2
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,8 +22,7 @@ from dials_diffuse.masks.make import LAYERS, MadeMask
 from dials_diffuse.masks.series import flatten
 from dials_diffuse.masks.settings import DYNAMIC_LAYERS
 from dials_diffuse.masks.shadow import to_plane
-from dials_diffuse.process.page import format_figure
-from dials_diffuse.report.embedding import embed
+from dials_diffuse.report.embedding import embed, page_environment
 from dials_diffuse.report.slices import circle_resolutions
 
 MAX_EDGE = 1100  # cells of a picture
@@ -214,14 +212,7 @@ def render_page(
         facts: ``title``, ``versions``, ``output`` (what was written), ``warnings`` and
             ``json``.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("dials_diffuse.report", "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["figure"] = format_figure
+    environment = page_environment()
     images = [
         {name: embed(content, "png") for name, content in detector.items()}
         for detector in pictures

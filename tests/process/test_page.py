@@ -6,7 +6,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from dials_diffuse.process.page import Page, format_cell, format_figure, plot_shells
+from dials_diffuse.process.page import Page, format_cell, plot_shells
+from dials_diffuse.report.embedding import format_figure
 
 PNG = b"\x89PNG not really"
 
