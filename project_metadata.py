@@ -13,7 +13,11 @@ ROOT = Path(__file__).resolve().parent
 _VERSION = re.compile(r'^__version__ = "([^"]+)"$', re.MULTILINE)
 
 # What DIALS finds through entry points, by the group in which it looks.
-PLUGINS: dict[str, list[str]] = {}
+PLUGINS: dict[str, list[str]] = {
+    "dxtbx.scaling_model_ext": [
+        "diffuse = dials_diffuse.scaling.model:DiffuseScalingModel",
+    ],
+}
 
 
 def version():

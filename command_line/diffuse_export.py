@@ -11,6 +11,12 @@ format=pixels exports no map but the pixels of one image, with their scattering 
 Miller indices, photons and normalisation, as dials.diffuse_extract sees them; it takes a
 refined experiment list.
 
+format=dials exports the observations of dials.diffuse_extract as integrated reflections
+(diffuse.expt and diffuse.refl) for dials.show, dials.scale and dials.merge. The voxels are
+the Miller indices of a crystal whose cell edges are ndiv times as long, with the Laue
+group as its space group. Sigmas come from expected counts, not from the counts
+themselves. Of large tables it exports a part, see dials.max_rows.
+
 Examples::
 
   dials.diffuse_export merged.h5
@@ -18,13 +24,17 @@ Examples::
   dials.diffuse_export merged.h5 format=ccp4+npz what=anisotropic output.prefix=crystal
 
   dials.diffuse_export refined.expt format=pixels pixels.image=10 pixels.file=csv
+
+  dials.diffuse_export extracted.expt extracted.refl format=dials
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
+import os
 from pathlib import Path
 from typing import Any, Iterator, Sequence
 
@@ -35,16 +45,22 @@ from dxtbx.model import Experiment
 from dxtbx.model.experiment_list import ExperimentList
 
 import dials.util
-from dials.util.options import ArgumentParser
+from dials.util.options import ArgumentParser, flatten_experiments
 from dials_diffuse.export.ccp4 import map_cell, write_ccp4
 from dials_diffuse.export.npz import write_npz
 from dials_diffuse.export.pixels import image_pixels, pixel_arrays, write_csv
+from dials_diffuse.export.reflections import Reflections, export_reflections
 from dials_diffuse.export.settings import full_parameters
 from dials_diffuse.extraction.reference import make_grid
 from dials_diffuse.extraction.settings import ExtractionSettings
-from dials_diffuse.io.inputs import load_experiments, with_crystals
+from dials_diffuse.io.inputs import (
+    check_identifiers,
+    load_experiments,
+    with_crystals,
+)
 from dials_diffuse.io.maps import MapFile
 from dials_diffuse.io.masks import given_mask
+from dials_diffuse.io.observations import ObservationFile
 from dials_diffuse.merging.estimate import interpolate_shells
 from dials_diffuse.merging.expansion import expand_to_p1
 from dials_diffuse.util.command import (
@@ -196,10 +212,76 @@ def export_pixels(params: Any) -> None:
     )
 
 
+def export_observations(params: Any, files: Sequence[str]) -> None:
+    """Write observations as integrated reflections of DIALS.
+
+    Raises:
+        ValueError: The files will not do, or would be overwritten.
+    """
+    prefix = params.output.prefix or "diffuse"
+    expt_name, refl_name = f"{prefix}.expt", f"{prefix}.refl"
+    inputs = [*(item.filename for item in params.input.experiments), *files]
+    used = set(map(os.path.realpath, inputs))
+    if used.intersection(map(os.path.realpath, (expt_name, refl_name))):
+        raise ValueError(
+            f"output.prefix={prefix} would overwrite the input: give another"
+        )
+    check_identifiers(params.input.experiments)
+    experiments = flatten_experiments(params.input.experiments)
+    with contextlib.ExitStack() as stack:
+        tables = [stack.enter_context(ObservationFile(name)) for name in files]
+        grid = tables[0].grid
+        found = export_reflections(tables, experiments, params.dials.max_rows)
+        refl, expt = map(stack.enter_context, map(atomic_path, (refl_name, expt_name)))
+        found.table.as_file(os.fspath(refl))
+        found.experiments.as_file(expt)
+    log_choice(found, len(experiments), params.dials.max_rows)
+    logger.info(
+        "Cell %s (%s voxels along each reciprocal axis), space group %s",
+        " ".join(f"{n * x:.2f}" for n, x in zip(grid.ndiv, grid.unit_cell)),
+        ", ".join(map(str, grid.ndiv)),
+        grid.laue_group.info(),
+    )
+    logger.info("Wrote the experiments to %s", expt_name)
+    logger.info("Wrote the reflections to %s", refl_name)
+
+
+def log_choice(found: Reflections, n_experiments: int, max_rows: int | None) -> None:
+    """Say what was exported, of how much, and what was left out."""
+    counted, n = found.counted, len(found.table)
+    if counted.n_usable < counted.n_rows:
+        logger.info(
+            "%d of %d observations left out: outliers, without pixels or at the origin",
+            counted.n_rows - counted.n_usable,
+            counted.n_rows,
+        )
+    logger.info(
+        "%d of %d observations exported, of %d experiments",
+        n,
+        counted.n_usable,
+        len(found.experiments),
+    )
+    if n < counted.n_usable:
+        logger.info(
+            "These are all observations of %.3g%% of the symmetry-unique voxels, chosen "
+            "by a hash of their indices, as dials.max_rows=%d asks; dials.max_rows=None "
+            "exports all",
+            100 * found.fraction,
+            max_rows,
+        )
+    if len(found.experiments) < n_experiments:
+        logger.warning(
+            "Warning: %d of %d experiments have no observations here and are left out",
+            n_experiments - len(found.experiments),
+            n_experiments,
+        )
+
+
 def check_arguments(params: Any, files: Sequence[str]) -> None:
     """Check that one map and something to do with it were given.
 
-    With format=pixels that is an experiment list.
+    With format=pixels that is an experiment list, with format=dials an experiment list
+    and observations.
 
     Raises:
         ValueError: They were not.
@@ -212,9 +294,17 @@ def check_arguments(params: Any, files: Sequence[str]) -> None:
                 "instead of a map"
             )
         return
+    if "dials" in params.format:
+        if len(params.format) > 1 or not (files and params.input.experiments):
+            raise ValueError(
+                "Please give format=dials alone, and the .expt and .refl of "
+                "dials.diffuse_extract instead of a map"
+            )
+        return
     if params.input.experiments:
         raise ValueError(
-            "An experiment list is exported by format=pixels only: give that, or a map"
+            "An experiment list is exported by format=pixels or, with its observations, "
+            "by format=dials: give one of them, or a map"
         )
     if len(files) != 1:
         errors.append(
@@ -239,6 +329,9 @@ def process(params: Any, files: Sequence[str]) -> None:
     if "pixels" in params.format:
         export_pixels(params)
         return
+    if "dials" in params.format:
+        export_observations(params, files)
+        return
     with MapFile(files[0]) as handle:
         prefix = params.output.prefix or Path(files[0]).stem
         if "ccp4" in params.format:
@@ -253,7 +346,10 @@ def run(
     args: Sequence[str] | None = None, phil: libtbx.phil.scope = phil_scope
 ) -> None:
     """Run dials.diffuse_export as from the command line."""
-    usage = "dials.diffuse_export [options] merged.h5 | refined.expt format=pixels"
+    usage = (
+        "dials.diffuse_export [options] merged.h5 | refined.expt format=pixels | "
+        "extracted.expt extracted.refl format=dials"
+    )
     parser = ArgumentParser(
         usage=usage,
         phil=phil,

@@ -82,5 +82,36 @@ class Accumulator:
         """voxel, n_pixels (int); value, weight, x, y, z, background, variance (double),
         sorted by voxel."""
 
+class ScalingBlock:
+    """Rows of observations, sorted by group, and the terms of a scaling model.
+
+    A row has ``photons`` y and the ``normalisation`` m; the model expects m a (b I + c)
+    photons, with the product a of the outer factors (role 1), b of the inner ones (role
+    0) and the sum c of the offsets (role 2). See ``scaling_sums.h``.
+    """
+
+    n_groups: int
+    n_rows: int
+
+    def __init__(
+        self, start: flex.int, photons: flex.float, normalisation: flex.float
+    ) -> None: ...
+    def add_term(self, role: int, cell: flex.int, n_cells: int) -> None: ...
+    def set_weights(self, weight: flex.float) -> None: ...
+    def set_given(self, intensity: flex.float) -> None:
+        """I of each group, NaN for those to be found; empty for none."""
+
+    def evaluate(self, values: list[flex.double]) -> float:
+        """The weighted sum of squares for the value of each cell of each term."""
+
+    def responses(self, values: list[flex.double]) -> tuple[flex.float, flex.float]:
+        """x = m a b and o = m a c of each row."""
+
+    def gradient(self, term: int) -> flex.double:
+        """By the logarithm of the values of a factor, by the values of an offset."""
+
+    def curvature(self, term: int) -> flex.double: ...
+    def intensities(self) -> flex.double: ...
+
 def voxels(half_size: Sequence[int], panel: Panel, frame: Frame) -> flex.int: ...
 def keep_freed_memory() -> None: ...

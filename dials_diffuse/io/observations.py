@@ -65,6 +65,14 @@ COLUMNS: dict[str, Column] = {
 }
 
 
+# What scaling adds: an observation obeys (N - B)/M = g I + b.
+SCALED_COLUMNS: dict[str, Column] = {
+    **COLUMNS,
+    "inverse_scale_factor": Column("float64", 1, "", "factor g of the intensity"),
+    "additive_offset": Column("float64", 1, "photons/(s.sr)", "offset b"),
+}
+
+
 class ObservationWriter:
     """Writes observations, sorted by voxel, block by block.
 
@@ -74,6 +82,8 @@ class ObservationWriter:
         identifiers: Experiment identifier of each experiment number.
         phil: The PHIL parameters that made the observations, as text.
         inputs: Names of the files that they were made from.
+        columns: ``COLUMNS`` or ``SCALED_COLUMNS``.
+        program: What makes the file.
     """
 
     def __init__(
@@ -83,8 +93,11 @@ class ObservationWriter:
         identifiers: Mapping[int, str],
         phil: str = "",
         inputs: list[str] | None = None,
+        columns: Mapping[str, Column] = COLUMNS,
+        program: str = "dials.diffuse_extract",
     ) -> None:
         self.grid = grid
+        self.columns = columns
         self.n_rows = 0
         self._last_key = -1
         self._slab_starts: list[int] = []
@@ -95,7 +108,7 @@ class ObservationWriter:
         self._group.attrs["experiment_ids"] = np.array(
             list(identifiers), dtype=np.uint64
         )
-        for name, column in COLUMNS.items():
+        for name, column in columns.items():
             shape = (0,) if column.width == 1 else (0, column.width)
             dataset = self._group.create_dataset(
                 name,
@@ -106,16 +119,16 @@ class ObservationWriter:
             )
             dataset.attrs["units"] = column.units
             dataset.attrs["long_name"] = column.meaning
-        write_provenance(self._file, "dials.diffuse_extract", phil, inputs or [])
+        write_provenance(self._file, program, phil, inputs or [])
         write_grid(self._file[ROOT], grid)
 
     def append(self, columns: Mapping[str, np.ndarray]) -> None:
-        """Append rows: all of ``COLUMNS``, sorted, beyond the voxels written so far.
+        """Append rows: all columns, sorted, beyond the voxels written so far.
 
         Raises:
             ValueError: A column is missing, or the rows are out of order.
         """
-        missing = set(COLUMNS) - set(columns)
+        missing = set(self.columns) - set(columns)
         if missing:
             raise ValueError(f"missing columns: {', '.join(sorted(missing))}")
         n = len(columns["id"])
@@ -126,7 +139,7 @@ class ObservationWriter:
             raise ValueError("observations must be appended in the order of the voxels")
         self._last_key = int(key[-1])
         self._slab_starts.append(self.n_rows)
-        for name in COLUMNS:
+        for name in self.columns:
             dataset = self._group[name]
             dataset.resize(self.n_rows + n, axis=0)
             dataset[self.n_rows :] = columns[name]

@@ -376,8 +376,11 @@ namespace dials_diffuse { namespace boost_python {
 #endif
   }
 
+  void wrap_scaling();
+
   BOOST_PYTHON_MODULE(dials_diffuse_ext) {
     using namespace bp;
+    wrap_scaling();
     def("keep_freed_memory", &keep_freed_memory);
     class_<Panel>("Panel", no_init)
       .def(init<const af::shared<float> &,

@@ -1,16 +1,34 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import gemmi
 import numpy as np
 import pytest
 from simulate_images import count_images, import_images, write_images
+from truth_ladder import SMALL, extraction_settings, vary
 
+from dxtbx import flumpy
 from libtbx.utils import Sorry
 
+from dials.array_family import flex
+from dials.command_line import merge as dials_merge
+from dials.command_line import scale as dials_scale
+from dials.command_line import show as dials_show
 from dials_diffuse.command_line import diffuse_export, diffuse_merge
+from dials_diffuse.extraction.extract import extract
+from dials_diffuse.extraction.reference import make_grid
+from dials_diffuse.extraction.settings import BraggSettings
 from dials_diffuse.grid import Grid
 from dials_diffuse.io.maps import BOXES, MapFile
+from dials_diffuse.io.observations import ObservationFile
+from dials_diffuse.simulation.settings import SimulationSettings
+from dials_diffuse.simulation.simulate import Simulation, series_scales
+from dials_diffuse.simulation.simulate import write_images as write_simulated
+from dials_diffuse.simulation.truth import true_map
 
+EXTRACTED = ("extracted.expt", "extracted.refl")
 GRID = Grid((9.1, 9.1, 12.2, 90, 90, 120), (2, 2, 1), " P 3", 1.8)
 
 
@@ -109,9 +127,24 @@ def test_both_formats(tmp_path):
         (["merged.h5", "merged.h5"], "Please give one map .*, not 2"),
         (["nowhere.h5"], "^nowhere.h5 does not exist$"),
         (["extracted.refl"], "^extracted.refl is not a merged map: give the output"),
-        (["extracted.expt"], "experiment list is exported by format=pixels only"),
+        (["extracted.expt"], "experiment list is exported by format=pixels or, with"),
         (["merged.h5", "format=pixels"], "give format=pixels alone, and a refined"),
         (["extracted.expt", "format=pixels+npz"], "give format=pixels alone"),
+        (["merged.h5", "format=dials"], "give format=dials alone, and the .expt and"),
+        (["extracted.expt", "format=dials"], "give format=dials alone, and the .expt"),
+        (["extracted.expt", "merged.h5", "format=dials"], "no diffuse observations"),
+        (
+            [*EXTRACTED, "format=dials"],
+            "Experiment a has no detector",
+        ),
+        (
+            [*EXTRACTED, "format=dials", "output.prefix=extracted"],
+            "output.prefix=extracted would overwrite the input",
+        ),
+        (
+            [*EXTRACTED, "format=dials", "output.prefix=nowhere/x"],
+            "no detector|Cannot write nowhere",
+        ),
         (["merged.h5", "format=mtz"], "mtz"),
         (["merged.h5", "ccp4.fill=nan"], "ccp4.fill must be a finite number"),
         (["merged.h5", "output.prefix=nowhere/x"], "Cannot write nowhere/x.ccp4"),
@@ -173,3 +206,73 @@ def test_pixels(refined, tmp_path):
 def test_wrong_pixels(refined, args, message):
     with pytest.raises(Sorry, match=message):
         diffuse_export.run(["refined.expt", "format=pixels", *args])
+
+
+SWEEP = vary(SMALL, n_images=36, scan={"width": 4.0}, scale={"variation": 0.2})
+STILLS = vary(SMALL, mode="stills", n_images=6, scale={"variation": 0.4})
+
+
+def extracted(settings: SimulationSettings) -> Simulation:
+    """Makes extracted.expt and .refl of simulated images in the current folder."""
+    simulation = Simulation(settings)
+    experiments = write_simulated(simulation, Path.cwd(), "image")
+    extraction = extraction_settings(simulation, BraggSettings(exclusion="none"))
+    grid = make_grid(experiments, extraction)
+    extract(experiments, grid, extraction, "extracted.refl")
+    experiments.as_file("extracted.expt")
+    return simulation
+
+
+def scaled_by_dials(*options: str) -> flex.reflection_table:
+    """What dials.scale makes of diffuse.expt and diffuse.refl."""
+    dials_scale.run(["diffuse.expt", "diffuse.refl", "output.html=None", *options])
+    return flex.reflection_table.from_file("scaled.refl")
+
+
+@pytest.mark.slow
+def test_dials_scales_and_merges_an_exported_sweep(tmp_path, capsys):
+    simulation = extracted(SWEEP)
+    diffuse_export.run([*EXTRACTED, "format=dials", "dials.max_rows=6000"])
+    log = (tmp_path / "dials.diffuse_export.log").read_text()
+    assert re.search(r"\d+ of \d+ observations exported, of 1 experiments", log)
+    assert "as dials.max_rows=6000 asks" in log
+    assert "Cell 72.00 80.00 88.00 (2, 2, 2 voxels" in log
+
+    dials_show.run(["diffuse.expt", "diffuse.refl"])
+    shown = capsys.readouterr().out
+    assert "Space group: P m m m" in shown
+
+    table = scaled_by_dials(
+        *("model=physical", "physical.scale_interval=8"),
+        *("physical.absorption_correction=False", "physical.decay_correction=False"),
+    )
+    frame = flumpy.to_numpy(table["xyzobs.px.value"])[:, 2]
+    found = flumpy.to_numpy(table["inverse_scale_factor"])
+    truth = series_scales(SWEEP, 1)[np.floor(frame).astype(int)]
+    ratio = found / truth
+    assert np.std(truth) > 0.15
+    assert np.std(ratio) < 0.025 * np.mean(ratio)
+
+    dials_merge.run(["scaled.expt", "scaled.refl", "output.html=None"])
+    mtz = gemmi.read_mtz_file("merged.mtz")
+    indices = mtz.array[:, :3].astype(int).tolist()
+    merged = dict(zip(map(tuple, indices), mtz.column_with_label("IMEAN").array))
+    with ObservationFile("extracted.refl") as table:
+        index, parts, _ = true_map(simulation.sample, table.grid)
+    voxels = [i for i, x in enumerate(index.tolist()) if tuple(x) in merged]
+    assert len(voxels) > 0.9 * len(merged)
+    truth = parts["intensity"][voxels]
+    found = np.array([merged[tuple(x)] for x in index[voxels].tolist()])
+    assert np.corrcoef(found, truth)[0, 1] > 0.975
+
+
+def test_dials_scales_exported_stills():
+    extracted(STILLS)
+    diffuse_export.run([*EXTRACTED, "format=dials", "dials.max_rows=12000"])
+    table = scaled_by_dials("model=KB", "KB.decay_correction=False")
+    ids = flumpy.to_numpy(table["id"])
+    factor = flumpy.to_numpy(table["inverse_scale_factor"])
+    found = np.bincount(ids, factor) / np.bincount(ids)
+    truth = series_scales(STILLS, 1)
+    assert np.std(truth) > 0.15
+    np.testing.assert_allclose(found / found.mean(), truth / truth.mean(), rtol=0.006)

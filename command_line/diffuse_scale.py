@@ -1,0 +1,274 @@
+# LIBTBX_SET_DISPATCHER_NAME dials.diffuse_scale
+"""
+Put observations of diffuse scattering on one relative scale.
+
+The model has factors and an offset: a scale for each still, smooth along a sweep; a
+relative B factor; absorption by the sample; the sensitivity of the detector; and
+scattering that the background correction has left. They are refined against observations
+of symmetry-equivalent voxels, by the machinery of dials.scale, with weights from expected
+counts. Terms that the observations cannot determine are switched off, with a warning.
+Observations that disagree with the others of their voxel, too high or too low, are
+flagged, and an error model is refined.
+
+The output is one table for dials.diffuse_merge, the experiments with their scaling
+models, and a report.
+
+Examples::
+
+  dials.diffuse_scale extracted.expt extracted.refl
+
+  dials.diffuse_scale 1.expt 1.refl 2.expt 2.refl model.absorption.use=no
+
+  dials.diffuse_scale new.expt new.refl reference=merged.h5
+
+  dials.diffuse_scale extracted.expt extracted.refl exclude_images=12 min_cc=0.3
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Mapping, Sequence
+
+import numpy as np
+
+import libtbx.phil
+from dxtbx.model.experiment_list import ExperimentList
+
+import dials.util
+from dials.util.options import ArgumentParser, flatten_experiments
+from dials_diffuse.io.inputs import check_identifiers
+from dials_diffuse.io.maps import read_map
+from dials_diffuse.io.observations import (
+    SCALED_COLUMNS,
+    ObservationFile,
+    ObservationWriter,
+)
+from dials_diffuse.merging import sums
+from dials_diffuse.merging.observations import check_tables
+from dials_diffuse.scaling.apply import count, flag_outliers, scaled_rows
+from dials_diffuse.scaling.block import ImageRange, RowReader
+from dials_diffuse.scaling.models import scaling_models
+from dials_diffuse.scaling.scale import Scaling, scale
+from dials_diffuse.scaling.selection import agreement, parse_excluded
+from dials_diffuse.util.command import (
+    errors_in_one_line,
+    load_phil,
+    logged_work,
+    parse_arguments,
+)
+from dials_diffuse.util.files import atomic_path
+
+logger = logging.getLogger("dials.diffuse.scale")
+
+phil_scope = load_phil("scale")
+
+
+def check_arguments(params: Any, files: Sequence[str]) -> None:
+    """Check that experiments and observations were given, and names for the output.
+
+    Raises:
+        ValueError: Something is missing, or an output file would replace another.
+    """
+    errors = []
+    if not params.input.experiments:
+        errors.append("Please give an experiment list (.expt)")
+    if not files:
+        errors.append(
+            "Please give an observation file (.refl of dials.diffuse_extract)"
+        )
+    inputs = [item.filename for item in params.input.experiments]
+    inputs += [*files, *([params.reference] if params.reference else [])]
+    used = {os.path.realpath(path) for path in inputs}
+    for option in ("experiments", "reflections", "html", "json", "log"):
+        name = getattr(params.output, option)
+        if not name:
+            if option in ("experiments", "reflections"):
+                errors.append(f"Please give a file name: output.{option}")
+            continue
+        if os.path.realpath(name) in used:
+            errors.append(f"output.{option}={name} is in use: give another name")
+        used.add(os.path.realpath(name))
+        folder = os.path.dirname(os.path.realpath(name))
+        if not os.path.isdir(folder):
+            errors.append(f"output.{option}={name}: there is no folder {folder}")
+    if errors:
+        raise ValueError("\n".join(errors))
+    check_identifiers(params.input.experiments)
+
+
+def number_experiments(
+    experiments: ExperimentList, tables: Sequence[ObservationFile]
+) -> list[dict[int, int]]:
+    """For each table the place in the experiment list of each ``id``.
+
+    Raises:
+        ValueError: Observations belong to an experiment that is not in the list.
+    """
+    place = {name: i for i, name in enumerate(experiments.identifiers())}
+    numbers = []
+    for table in tables:
+        missing = [name for name in table.identifiers.values() if name not in place]
+        if missing:
+            raise ValueError(
+                f"{table.path} belongs to other experiments than the experiment list: "
+                f"{len(missing)} of its {len(table.identifiers)} identifiers are not "
+                f"in it, the first is {missing[0]}. Give the .expt and .refl of one "
+                "program run"
+            )
+        numbers.append({i: place[name] for i, name in table.identifiers.items()})
+    return numbers
+
+
+def read_reference(path: str, table: ObservationFile) -> Mapping[str, np.ndarray]:
+    """Packed voxels, ascending, and intensities of a reference map.
+
+    Raises:
+        ValueError: Its grid is another one.
+    """
+    voxels = read_map(path, ("index", "intensity"))
+    if (voxels.grid.unit_cell, voxels.grid.ndiv, voxels.grid.space_group) != (
+        table.grid.unit_cell,
+        table.grid.ndiv,
+        table.grid.space_group,
+    ):
+        raise ValueError(
+            f"reference={path} has another grid than {table.path}: extract the images "
+            "on the grid of the map (grid.reference_cell=given grid.unit_cell=... "
+            "grid.ndiv=...)"
+        )
+    packed = sums.pack(voxels["index"])
+    order = np.argsort(packed)
+    return {"voxel": packed[order], "intensity": voxels["intensity"][order]}
+
+
+def scale_experiments(
+    experiments: ExperimentList, tables: Sequence[ObservationFile], params: Any
+) -> tuple[Scaling, RowReader]:
+    """Scale, and once more without the experiments that do not agree with the rest."""
+    numbers = number_experiments(experiments, tables)
+    excluded = parse_excluded(params.exclude_images or [], len(experiments))
+    reference = None
+    if params.reference:
+        reference = read_reference(params.reference, tables[0])
+    while True:
+        result, reader = scale(
+            experiments, tables, numbers, params, excluded, reference
+        )
+        if params.min_cc is None or result.refiner is None:
+            return result, reader
+        found = agreement(result.refiner, len(experiments))
+        bad = np.flatnonzero(found.cc < params.min_cc)
+        if len(bad) == 0 or len(bad) == len(experiments):
+            return result, reader
+        logger.info(
+            "Left out, as their correlation with the rest is below %g: %s",
+            params.min_cc,
+            ", ".join(f"{i} ({found.cc[i]:.2f})" for i in bad),
+        )
+        excluded += [ImageRange(int(i)) for i in bad]
+
+
+def log_result(scaling: Scaling, experiments: ExperimentList) -> None:
+    """Scales and correlations of the experiments, terms that were switched off."""
+    scales = scaling.experiment_scales()
+    logger.info(
+        "Scales of %d experiments: %.3f to %.3f, rms deviation from 1 %.3f",
+        len(scales),
+        scales.min(),
+        scales.max(),
+        np.sqrt(np.mean((scales - 1) ** 2)),
+    )
+    for name, reason in scaling.dropped.items():
+        logger.info("Without the term %s: %s", name, reason)
+
+
+def write_output(
+    experiments: ExperimentList,
+    reader: RowReader,
+    scaling: Scaling,
+    params: Any,
+    phil: str,
+    inputs: Sequence[str],
+) -> None:
+    """Write scaled observations and the experiments with their models."""
+    identifiers = dict(enumerate(experiments.identifiers()))
+    folder = os.path.dirname(os.path.realpath(params.output.reflections))
+    with contextlib.ExitStack() as stack:
+        outliers = None
+        if params.outliers.reject and scaling.refiner is not None:
+            temporary = stack.enter_context(tempfile.TemporaryDirectory(dir=folder))
+            threshold = params.outliers.threshold
+            outliers = flag_outliers(reader, scaling, threshold, Path(temporary))
+        path = stack.enter_context(atomic_path(params.output.reflections))
+        writer = stack.enter_context(
+            ObservationWriter(
+                path,
+                reader.tables[0].grid,
+                identifiers,
+                phil,
+                list(inputs),
+                SCALED_COLUMNS,
+                "dials.diffuse_scale",
+            )
+        )
+        n_outliers = count(scaled_rows(reader, scaling, outliers), writer.append)
+        logger.info(
+            "%d of %d observations are outliers (%.3f%%)",
+            n_outliers,
+            writer.n_rows,
+            100 * n_outliers / max(writer.n_rows, 1),
+        )
+    for experiment, model in zip(experiments, scaling_models(scaling)):
+        experiment.scaling_model = model
+    with atomic_path(params.output.experiments) as path:
+        experiments.as_file(path)
+    logger.info(
+        "Scaled observations written to %s, models to %s",
+        params.output.reflections,
+        params.output.experiments,
+    )
+
+
+def process(params: Any, phil: str, files: Sequence[str]) -> Scaling:
+    """Read the input, scale, write the output."""
+    experiments = flatten_experiments(params.input.experiments)
+    inputs = [*(item.filename for item in params.input.experiments), *files]
+    with contextlib.ExitStack() as stack:
+        tables = [stack.enter_context(ObservationFile(path)) for path in files]
+        check_tables(tables)
+        scaling, reader = scale_experiments(experiments, tables, params)
+        log_result(scaling, experiments)
+        write_output(experiments, reader, scaling, params, phil, inputs)
+    return scaling
+
+
+def make_parser(phil: libtbx.phil.scope = phil_scope) -> ArgumentParser:
+    """The parser of the command line."""
+    return ArgumentParser(
+        usage="dials.diffuse_scale [options] extracted.expt extracted.refl",
+        phil=phil,
+        read_experiments=True,
+        check_format=False,
+        epilog=__doc__,
+    )
+
+
+@dials.util.show_mail_handle_errors()
+def run(
+    args: Sequence[str] | None = None, phil: libtbx.phil.scope = phil_scope
+) -> None:
+    """Run dials.diffuse_scale as from the command line."""
+    parser = make_parser(phil)
+    with errors_in_one_line():
+        params, options, files = parse_arguments(parser, args)
+        check_arguments(params, files)
+        with logged_work(parser, params, options):
+            process(params, parser.phil.as_str(), files)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,254 @@
+"""The scaling model applied to whole tables, in bounded memory.
+
+Outliers are judged by all observations of a voxel, which symmetry spreads over the table.
+So the rows are dealt out by voxel to files, in such portions that one fits into memory;
+the flags of the rows of each go to a file of their own. Then the tables are written as
+one, range of voxels by range of voxels.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from dials_diffuse.io.observations import SCALED_COLUMNS
+from dials_diffuse.merging import sums
+from dials_diffuse.merging.observations import ROWS_PER_SLAB, ObservationTable, lookup
+from dials_diffuse.scaling.block import (
+    EXCLUDED,
+    OF_SCALING,
+    OUTLIER,
+    SCALED,
+    RowReader,
+    Rows,
+)
+from dials_diffuse.scaling.coordinates import COLUMNS
+from dials_diffuse.scaling.outliers import find_outliers
+from dials_diffuse.scaling.scale import Scaling
+from dials_diffuse.scaling.terms import TERMS, Role
+from dials_diffuse.util.signals import progress_bar
+
+ROWS_PER_PORTION = 5_000_000
+
+RECORD = np.dtype(
+    [
+        ("voxel", "i8"),
+        ("table", "i4"),
+        ("number", "i8"),
+        ("counts", "f4"),
+        ("response", "f4"),
+        ("base", "f4"),
+        ("variance", "f4"),
+    ]
+)
+
+
+class ScaleFinder:
+    """The factor and the offset of observations.
+
+    Args:
+        scaling: The model.
+    """
+
+    def __init__(self, scaling: Scaling) -> None:
+        self._terms = [
+            (name, TERMS[name].role, component.cell_values())
+            for name, component in scaling.components.items()
+        ]
+
+    def find(self, cells: Mapping[str, np.ndarray], n: int) -> tuple[np.ndarray, ...]:
+        """g = a b and the offset a c of n observations, photons s⁻¹ sr⁻¹.
+
+        Args:
+            cells: Cell of each observation in each term.
+            n: Number of observations.
+        """
+        outer, inner, offset = np.ones(n), np.ones(n), np.zeros(n)
+        for name, role, values in self._terms:
+            value = values[cells[name]]
+            if role is Role.OUTER:
+                outer *= value
+            elif role is Role.INNER:
+                inner *= value
+            else:
+                offset += value
+        return outer * inner, outer * offset
+
+
+def flag_outliers(
+    reader: RowReader, scaling: Scaling, threshold: float, folder: Path
+) -> list[np.ndarray]:
+    """Whether each row of each table is an outlier; arrays in files of a folder.
+
+    Args:
+        reader: Of the observations.
+        scaling: The model.
+        threshold: Deviation from which on an observation is an outlier.
+        folder: For temporary files.
+    """
+    flags = []
+    for i, table in enumerate(reader.tables):
+        shape = (max(table.n_rows, 1),)
+        path = folder / f"outliers_{i}"
+        flags.append(np.memmap(path, dtype=bool, mode="w+", shape=shape))
+    n_portions = -(-reader.n_rows // ROWS_PER_PORTION)
+    portions = [folder / f"portion_{i}" for i in range(n_portions)]
+    _deal_out(reader, ScaleFinder(scaling), portions)
+    for path in progress_bar(portions, desc="Finding outliers", unit="portion"):
+        rows = np.fromfile(path, dtype=RECORD)
+        os.unlink(path)
+        rows = rows[np.argsort(rows["voxel"], kind="stable")]
+        first = np.flatnonzero(np.diff(rows["voxel"], prepend=-1))
+        outlier = find_outliers(
+            rows["counts"],
+            rows["response"],
+            rows["base"],
+            rows["variance"],
+            np.append(first, len(rows)).astype(np.int64),
+            threshold=threshold,
+            error_model=scaling.error_model,
+        )
+        for i, flag in enumerate(flags):
+            mine = outlier & (rows["table"] == i)
+            flag[rows["number"][mine]] = True
+    return flags
+
+
+def _deal_out(reader: RowReader, finder: ScaleFinder, portions: Sequence[Path]) -> None:
+    """Append the rows of each voxel to the file of its portion."""
+    for path in portions:
+        path.touch()
+    for table, start, stop in reader.slabs("Applying the model"):
+        rows = reader.read(table, start, stop)
+        record = _records(rows, table, finder)
+        portion = sums.mix_bits(rows.voxel.view(np.uint64)) % np.uint64(len(portions))
+        for i, path in enumerate(portions):
+            chosen = record[portion == i] if len(portions) > 1 else record
+            with open(path, "ab") as handle:
+                chosen.tofile(handle)
+
+
+def _records(rows: Rows, table: int, finder: ScaleFinder) -> np.ndarray:
+    factor, offset = finder.find(rows.cells, len(rows.voxel))
+    record = np.empty(len(rows.voxel), dtype=RECORD)
+    record["voxel"], record["table"], record["number"] = rows.voxel, table, rows.number
+    record["counts"], record["variance"] = rows.counts, rows.variance
+    record["response"] = rows.normalisation * factor
+    record["base"] = rows.background + rows.normalisation * offset
+    return record
+
+
+def ranges_of_voxels(
+    tables: Sequence[ObservationTable], max_rows: int
+) -> Iterator[list[tuple[int, int]]]:
+    """Ranges of voxels, as ranges of the rows of each table.
+
+    Together the ranges hold about ``max_rows`` rows, as long as no slab of a table holds
+    more.
+    """
+    limits = []
+    for table in tables:
+        for start, _ in table.slabs(max(max_rows // len(tables), 1)):
+            limits.append(_key(table, start))
+    keys = sorted(set(limits))[1:]
+    starts = [0] * len(tables)
+    for key in [*keys, None]:
+        stops = [
+            table.n_rows if key is None else _first_row(table, key) for table in tables
+        ]
+        yield list(zip(starts, stops))
+        starts = stops
+
+
+def _key(table: ObservationTable, row: int) -> int:
+    index = table.read(row, row + 1, ["miller_index"])["miller_index"]
+    return int(table.grid.key(index)[0])
+
+
+def _first_row(table: ObservationTable, key: int) -> int:
+    """First row of a table whose voxel has this key or a greater one."""
+    low, high = 0, table.n_rows
+    while low < high:
+        middle = (low + high) // 2
+        if _key(table, middle) < key:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+def scaled_rows(
+    reader: RowReader, scaling: Scaling, outliers: Sequence[np.ndarray] | None
+) -> Iterator[dict[str, np.ndarray]]:
+    """All rows of all tables with factors, offsets and flags, in the order of voxels.
+
+    Args:
+        reader: Of the observations.
+        scaling: The model.
+        outliers: Whether each row of each table is an outlier.
+
+    Yields:
+        ``SCALED_COLUMNS`` of some rows; ``id`` is the number of the experiment.
+    """
+    finder = ScaleFinder(scaling)
+    ranges = list(ranges_of_voxels(reader.tables, ROWS_PER_SLAB))
+    for limits in progress_bar(ranges, desc="Writing", unit="slab"):
+        parts = []
+        for number, (start, stop) in enumerate(limits):
+            if stop > start:
+                outlier = None if outliers is None else outliers[number][start:stop]
+                parts.append(_scale(reader, number, start, stop, finder, outlier))
+        if not parts:
+            continue
+        rows = {
+            name: np.concatenate([p[name] for p in parts]) for name in SCALED_COLUMNS
+        }
+        if len(parts) > 1:
+            key = reader.tables[0].grid.key(rows["miller_index"])
+            order = np.lexsort((rows["xyzobs.px.value"][:, 2], rows["id"], key))
+            rows = {name: values[order] for name, values in rows.items()}
+        yield rows
+
+
+def _scale(
+    reader: RowReader,
+    number: int,
+    start: int,
+    stop: int,
+    finder: ScaleFinder,
+    outlier: np.ndarray | None,
+) -> dict[str, np.ndarray]:
+    """Rows of a table with what scaling adds."""
+    table = reader.tables[number]
+    names = [name for name in SCALED_COLUMNS if name in table.columns]
+    rows = table.read(start, stop, names)
+    experiment = lookup(reader.numbers[number], rows["id"], table.path)
+    coordinates = reader.finder.find(
+        experiment, {name: rows[name] for name in COLUMNS}, reader.names
+    )
+    cells = {
+        name: layout.cell(experiment, coordinates)
+        for name, layout in reader.layouts.items()
+    }
+    factor, offset = finder.find(cells, len(experiment))
+    rows["inverse_scale_factor"], rows["additive_offset"] = factor, offset
+    rows["id"] = experiment.astype(np.int32)
+    flags = rows["flags"].astype(np.uint64) & ~OF_SCALING
+    excluded = reader.is_excluded(experiment, rows["xyzobs.px.value"][:, 2])
+    flags |= np.where(excluded, EXCLUDED, SCALED)
+    if outlier is not None:
+        flags |= np.where(outlier, OUTLIER, np.uint64(0))
+    rows["flags"] = flags
+    return rows
+
+
+def count(rows: Iterator[dict[str, np.ndarray]], use: Callable[[Any], None]) -> int:
+    """Hand all rows on; returns the number of outliers among them."""
+    n_outliers = 0
+    for part in rows:
+        n_outliers += int(np.count_nonzero(part["flags"] & OUTLIER))
+        use(part)
+    return n_outliers

@@ -1,0 +1,284 @@
+"""The observations of a choice of symmetry-unique voxels, lean and sorted by voxel.
+
+Refinement needs no more than these: photons, normalisation, variance and the cell of each
+term, 16 bytes and 4 for each term a row. All observations of a voxel are in or none is,
+and the choice, by a hash of the voxel, depends on nothing but the number asked for.
+Voxels with a single observation say nothing about scales and are left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Iterator, Mapping, NamedTuple, Sequence
+
+import numpy as np
+
+from dials.array_family import flex
+from dials_diffuse import symmetry
+from dials_diffuse.merging import sums
+from dials_diffuse.merging.observations import (
+    ROWS_PER_SLAB,
+    ObservationTable,
+    lookup,
+    usable_rows,
+)
+from dials_diffuse.scaling.coordinates import COLUMNS, CoordinateFinder
+from dials_diffuse.scaling.layout import Layout
+from dials_diffuse.util.signals import progress_bar
+
+FLAGS = flex.reflection_table.flags
+OUTLIER = np.uint64(int(FLAGS.outlier_in_scaling))
+EXCLUDED = np.uint64(int(FLAGS.user_excluded_in_scaling))
+SCALED = np.uint64(int(FLAGS.scaled))
+OF_SCALING = OUTLIER | EXCLUDED | SCALED
+
+NEEDED = (
+    "miller_index",
+    "id",
+    "counts",
+    "background.sum.value",
+    "background.sum.variance",
+    "normalisation",
+    "num_pixels.valid",
+    *COLUMNS,
+)
+
+
+class ImageRange(NamedTuple):
+    """Images of an experiment.
+
+    Args:
+        experiment: Number of the experiment.
+        first: Array index of the first image.
+        stop: Array index after the last; all by default.
+    """
+
+    experiment: int
+    first: float = -math.inf
+    stop: float = math.inf
+
+
+@dataclasses.dataclass
+class ObservationBlock:
+    """Observations sorted by symmetry-unique voxel; n rows in n_groups groups.
+
+    Args:
+        start: Limits of the groups, int32, shape (n_groups + 1,).
+        voxel: Packed index of the voxel of each group (``merging.sums.pack``).
+        experiment: Number of the experiment of each row, int32.
+        counts: Photons, background included, float32.
+        background: Photons of the background, float32.
+        variance: Variance of the background, photons², float32.
+        normalisation: s.sr, float32.
+        cells: The cell of each row in each term, int32, by the name of the term.
+    """
+
+    start: np.ndarray
+    voxel: np.ndarray
+    experiment: np.ndarray
+    counts: np.ndarray
+    background: np.ndarray
+    variance: np.ndarray
+    normalisation: np.ndarray
+    cells: dict[str, np.ndarray]
+
+    @property
+    def n_rows(self) -> int:
+        """Number of observations."""
+        return len(self.counts)
+
+    @property
+    def n_groups(self) -> int:
+        """Number of symmetry-unique voxels."""
+        return len(self.start) - 1
+
+    @property
+    def group(self) -> np.ndarray:
+        """Number of the group of each row."""
+        return np.repeat(np.arange(self.n_groups), np.diff(self.start))
+
+
+@dataclasses.dataclass
+class Rows:
+    """The same columns, not yet sorted, with the voxel of each row."""
+
+    voxel: np.ndarray
+    experiment: np.ndarray
+    counts: np.ndarray
+    background: np.ndarray
+    variance: np.ndarray
+    normalisation: np.ndarray
+    cells: dict[str, np.ndarray]
+    number: np.ndarray  # place of the row in its table
+
+
+class RowReader:
+    """Reads observations with their cells from tables, slab by slab.
+
+    Args:
+        tables: Observations on one grid.
+        numbers: For each table the number of each experiment by its ``id``.
+        finder: Coordinates of the observations.
+        layouts: Parameters and cells of each term.
+        excluded: Images to leave out.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[ObservationTable],
+        numbers: Sequence[Mapping[int, int]],
+        finder: CoordinateFinder,
+        layouts: Mapping[str, Layout],
+        excluded: Sequence[ImageRange] = (),
+    ) -> None:
+        self.tables, self.numbers = tables, numbers
+        self.finder, self.layouts = finder, layouts
+        self.names = set().union(*(x.coordinates for x in layouts.values()))
+        self.excluded = tuple(excluded)
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows of all tables."""
+        return sum(table.n_rows for table in self.tables)
+
+    def slabs(self, description: str) -> Iterator[tuple[int, int, int]]:
+        """Number of the table, first row and row after the last of each slab."""
+        slabs = [
+            (i, *limits)
+            for i, table in enumerate(self.tables)
+            for limits in table.slabs(ROWS_PER_SLAB)
+        ]
+        yield from progress_bar(slabs, desc=description, unit="slab")
+
+    def read(
+        self, table_number: int, start: int, stop: int, step: int = 1, phase: int = 0
+    ) -> Rows:
+        """The usable rows of a slab whose voxels are chosen.
+
+        Args:
+            table_number: Number of the table.
+            start: First row.
+            stop: Row after the last.
+            step: One in ``step`` symmetry-unique voxels is chosen.
+            phase: Which of the ``step`` disjoint choices.
+        """
+        table = self.tables[table_number]
+        wanted = [*NEEDED, *{"flags"}.intersection(table.columns)]
+        rows = table.read(start, stop, wanted)
+        rows["number"] = np.arange(start, stop)
+        if "flags" in rows:  # what an earlier scaling has flagged is judged anew
+            rows["flags"] = rows["flags"].astype(np.uint64) & ~OF_SCALING
+        rows = usable_rows(rows)
+        voxel = self._voxels(rows["miller_index"], table)
+        chosen = np.ones(len(voxel), dtype=bool)
+        if step > 1:
+            hashes = sums.mix_bits(voxel.view(np.uint64))
+            chosen = hashes % np.uint64(step) == np.uint64(phase)
+        experiment = lookup(self.numbers[table_number], rows["id"], table.path)
+        chosen &= ~self.is_excluded(experiment, rows["xyzobs.px.value"][:, 2])
+        if not chosen.all():
+            rows = {name: values[chosen] for name, values in rows.items()}
+            voxel, experiment = voxel[chosen], experiment[chosen]
+        coordinates = self.finder.find(experiment, rows, self.names)
+        return Rows(
+            voxel=voxel,
+            experiment=experiment.astype(np.int32),
+            counts=rows["counts"].astype(np.float32),
+            background=rows["background.sum.value"].astype(np.float32),
+            variance=rows["background.sum.variance"].astype(np.float32),
+            normalisation=rows["normalisation"].astype(np.float32),
+            cells={
+                name: layout.cell(experiment, coordinates)
+                for name, layout in self.layouts.items()
+            },
+            number=rows["number"],
+        )
+
+    def is_excluded(self, experiment: np.ndarray, frame: np.ndarray) -> np.ndarray:
+        """Whether each observation is of an image that is left out."""
+        result = np.zeros(len(experiment), dtype=bool)
+        for images in self.excluded:
+            result |= (
+                (experiment == images.experiment)
+                & (frame >= images.first)
+                & (frame < images.stop)
+            )
+        return result
+
+    @staticmethod
+    def _voxels(index: np.ndarray, table: ObservationTable) -> np.ndarray:
+        """The packed symmetry-unique voxel of each row; rows are sorted by voxel."""
+        if len(index) == 0:
+            return np.empty(0, dtype=np.int64)
+        new = np.ones(len(index), dtype=bool)
+        new[1:] = np.any(index[1:] != index[:-1], axis=1)
+        unique = sums.pack(symmetry.map_to_asu(index[new], table.grid.laue_group))
+        return unique[np.cumsum(new) - 1]
+
+
+def sort_rows(parts: list[Rows], single: bool = False) -> ObservationBlock:
+    """Sort rows by voxel, and leave out those of voxels with a single one.
+
+    Args:
+        parts: Of all slabs; emptied, to save memory.
+        single: Keep them all the same.
+    """
+    voxel = np.concatenate([part.voxel for part in parts])
+    order = np.argsort(voxel, kind="stable")
+    voxel = voxel[order]
+    first = np.ones(len(voxel), dtype=bool)
+    first[1:] = voxel[1:] != voxel[:-1]
+    last = np.ones(len(voxel), dtype=bool)
+    last[:-1] = first[1:]
+    several = ~(first & last) | single
+    order, first = order[several], first[several]
+
+    def column(name: str) -> np.ndarray:
+        return np.concatenate([getattr(part, name) for part in parts])[order]
+
+    starts = np.flatnonzero(first)
+    cells = {}
+    for name in list(parts[0].cells):
+        cells[name] = np.concatenate([part.cells.pop(name) for part in parts])[order]
+    block = ObservationBlock(
+        start=np.append(starts, len(order)).astype(np.int32),
+        voxel=voxel[several][starts],
+        experiment=column("experiment"),
+        counts=column("counts"),
+        background=column("background"),
+        variance=column("variance"),
+        normalisation=column("normalisation"),
+        cells=cells,
+    )
+    parts.clear()
+    return block
+
+
+def read_block(
+    reader: RowReader,
+    step: int = 1,
+    phase: int = 0,
+    single: bool = False,
+    description: str = "Reading",
+) -> ObservationBlock:
+    """The observations of one in ``step`` symmetry-unique voxels.
+
+    Args:
+        reader: Of the observations.
+        step: 1 for all voxels.
+        phase: Which of the ``step`` disjoint choices.
+        single: Keep voxels with a single observation.
+        description: For the progress bar.
+
+    Raises:
+        ValueError: There are none.
+    """
+    parts = [reader.read(*slab, step, phase) for slab in reader.slabs(description)]
+    parts = [part for part in parts if len(part.voxel)] or parts[:1]
+    if not parts or not len(parts[0].voxel):
+        raise ValueError(
+            f"{reader.tables[0].path} has no usable observations: all of its rows are "
+            "flagged as outliers or have no pixels"
+        )
+    return sort_rows(parts, single)

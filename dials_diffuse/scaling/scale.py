@@ -1,0 +1,473 @@
+"""Scaling of observations: which terms, on which observations, in which order.
+
+1. The observations of a choice of voxels are read (``block``).
+2. Scales start from the ratio of counts in common voxels (``initial``).
+3. The terms are refined in stages, the offset last; each is first asked whether the
+   observations determine it (``determination``).
+4. All terms are refined together, with new weights, outliers and error model each time.
+5. Another choice of voxels tells whether the first was large enough.
+
+What the observations leave open is settled by the gauge: the mean scale is 1, the mean of
+the logarithm of any other factor 0, the offset as small as it can be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any, Mapping, NamedTuple, Sequence
+
+import numpy as np
+
+from dxtbx import flumpy
+from dxtbx.model import Experiment
+
+from dials_diffuse.grid import Grid
+from dials_diffuse.merging.observations import ObservationTable
+from dials_diffuse.scaling.block import (
+    ImageRange,
+    ObservationBlock,
+    RowReader,
+    read_block,
+)
+from dials_diffuse.scaling.components import JointComponent
+from dials_diffuse.scaling.coordinates import CoordinateFinder, Extent, find_extents
+from dials_diffuse.scaling.determination import standard_error
+from dials_diffuse.scaling.error_model import ErrorModel, refine_error_model
+from dials_diffuse.scaling.initial import add_up_pairs, relative_scales
+from dials_diffuse.scaling.layout import Layout
+from dials_diffuse.scaling.outliers import find_outliers
+from dials_diffuse.scaling.refinement import Fit, Refiner
+from dials_diffuse.scaling.terms import TERMS, Role
+
+logger = logging.getLogger("dials.diffuse.scale")
+
+# A factor that differs more from 1 is no correction but a sign of a failed refinement.
+LARGEST_FACTOR = 20.0
+
+# χ² of observations that were not refined against may be that much larger.
+ENOUGH = 1.05
+
+# Observations a parameter must have on average.
+ROWS_PER_PARAMETER = 3
+
+
+class Stage(NamedTuple):
+    """One minimisation, for log and report."""
+
+    terms: list[str]
+    fit: Fit
+
+
+@dataclasses.dataclass
+class Scaling:
+    """The result.
+
+    Args:
+        components: The terms that were refined, for all experiments.
+        extents: What the experiments cover.
+        refiner: With the observations that were refined against.
+        error_model: Scatter beyond that of counting.
+        stages: The minimisations.
+        dropped: Terms that were switched off, and why.
+        before: χ² per degree of freedom with scales only from the ratio of counts.
+        after: That of the result.
+        control: That of other voxels; None if all voxels were refined against.
+    """
+
+    components: dict[str, JointComponent]
+    extents: list[Extent]
+    refiner: Refiner | None
+    error_model: ErrorModel = ErrorModel()
+    stages: list[Stage] = dataclasses.field(default_factory=list)
+    dropped: dict[str, str] = dataclasses.field(default_factory=dict)
+    before: float | None = None
+    after: float | None = None
+    control: float | None = None
+
+    def experiment_scales(self) -> np.ndarray:
+        """Mean scale b of each experiment."""
+        result = np.ones(len(self.extents))
+        if "scale" not in self.components:
+            return result
+        component = self.components["scale"]
+        values = flumpy.to_numpy(component.parameters)
+        for extent in self.extents:
+            place = component.layout.of_experiment(extent.number)
+            if place is not None:
+                result[extent.number] = np.exp(values[place[1]]).mean()
+        return result
+
+
+def scale(
+    experiments: Sequence[Experiment],
+    tables: Sequence[ObservationTable],
+    numbers: Sequence[Mapping[int, int]],
+    params: Any,
+    excluded: Sequence[ImageRange] = (),
+    reference: Mapping[str, np.ndarray] | None = None,
+) -> tuple[Scaling, RowReader]:
+    """Refine a scaling model.
+
+    Args:
+        experiments: The experiments.
+        tables: Their observations, on one grid.
+        numbers: For each table the number of each experiment by its ``id``.
+        params: PHIL parameters of ``dials.diffuse_scale``.
+        excluded: Images to leave out.
+        reference: ``voxel`` (packed, ascending) and ``intensity`` of a map to scale to.
+
+    Returns:
+        The model, and what reads the observations with the cells of its terms.
+
+    Raises:
+        ValueError: There are no usable observations.
+    """
+    grid = tables[0].grid
+    extents = find_extents(experiments, _range_of_s(grid))
+    components, dropped = make_terms(params.model, extents, grid)
+    layouts = {name: component.layout for name, component in components.items()}
+    finder = CoordinateFinder(experiments, extents)
+    reader = RowReader(tables, numbers, finder, layouts, excluded)
+    step = choice(reader, params.refinement.max_rows)
+    block = read_block(reader, step, single=reference is not None)
+    result = Scaling(components, extents, None, dropped=dropped)
+    if block.n_rows == 0:
+        logger.warning(
+            "Warning: no voxel was observed more than once, so that nothing tells how "
+            "experiments are to be scaled: all scales stay 1"
+        )
+        _drop_all(result, reader, "no voxel was observed more than once")
+        return result, reader
+    Session(result, reader, block, grid, params, reference).run()
+    if step > 1:
+        _check_choice(result, reader, step, grid, reference)
+    return result, reader
+
+
+def _range_of_s(grid: Grid) -> tuple[float, float]:
+    low = 0.0 if grid.d_max is None else 1 / grid.d_max
+    return max(0.0, low - grid.half_diagonal), 1 / grid.d_min + grid.half_diagonal
+
+
+def _drop_all(result: Scaling, reader: RowReader, why: str) -> None:
+    for name in list(result.components):
+        result.dropped[name] = why
+        del result.components[name], reader.layouts[name]
+
+
+def make_terms(
+    params: Any, extents: Sequence[Extent], grid: Grid
+) -> tuple[dict[str, JointComponent], dict[str, str]]:
+    """The terms that are asked for and make sense, without effect yet.
+
+    Returns:
+        The components, and why others were left out.
+    """
+    components, dropped = {}, {}
+    for name, term in TERMS.items():
+        own = getattr(params, name)
+        if own.use == "no":
+            continue
+        layout = Layout([term.owner_for(own, extent) for extent in extents])
+        if layout.n_params == 0:
+            dropped[name] = "it makes no sense for these experiments"
+            continue
+        unit = 1.0 if term.role is Role.ADDITIVE else None
+        components[name] = JointComponent(layout, term.prior(own), unit)
+    return components, dropped
+
+
+def choice(reader: RowReader, max_rows: int | None) -> int:
+    """One in how many voxels is refined against."""
+    if max_rows is None:
+        return 1
+    step = -(-reader.n_rows // max_rows)
+    if step > 1:
+        logger.info(
+            "Refining against about %d of %d observations: all those of one in %d voxels",
+            reader.n_rows // step,
+            reader.n_rows,
+            step,
+        )
+    return step
+
+
+def given_intensities(
+    block: ObservationBlock, reference: Mapping[str, np.ndarray] | None
+) -> np.ndarray | None:
+    """The intensity of each voxel of a block in a reference map, NaN where it has none.
+
+    Raises:
+        ValueError: They have no voxel in common.
+    """
+    if reference is None:
+        return None
+    place = np.searchsorted(reference["voxel"], block.voxel)
+    place = np.minimum(place, len(reference["voxel"]) - 1)
+    known = reference["voxel"][place] == block.voxel
+    if not known.any():
+        raise ValueError(
+            "the reference map has no voxel in common with the observations: check that "
+            "both have the same crystal and resolution"
+        )
+    return np.where(known, reference["intensity"][place], np.nan)
+
+
+class Session:
+    """The refinement of one choice of observations.
+
+    Args:
+        result: Gets the results.
+        reader: Of the observations; loses the terms that are dropped.
+        block: The observations.
+        grid: The voxel grid.
+        params: PHIL parameters of ``dials.diffuse_scale``.
+        reference: As that of ``scale``.
+    """
+
+    def __init__(
+        self,
+        result: Scaling,
+        reader: RowReader,
+        block: ObservationBlock,
+        grid: Grid,
+        params: Any,
+        reference: Mapping[str, np.ndarray] | None,
+    ) -> None:
+        self.result, self.reader, self.block = result, reader, block
+        self.grid, self.params = grid, params
+        self.given = given_intensities(block, reference)
+        self.refiner = self._new_refiner()
+
+    def _new_refiner(self) -> Refiner:
+        self.result.refiner = Refiner(
+            self.block, self.result.components, self.grid, self.given
+        )
+        return self.result.refiner
+
+    def run(self) -> None:
+        """All stages."""
+        logger.info(
+            "%d observations of %d voxels",
+            self.block.n_rows,
+            self.block.n_groups,
+        )
+        self._start()
+        stages = sorted({TERMS[name].stage for name in self.result.components})
+        refined: list[str] = []
+        for stage in stages:
+            names = [n for n in self.result.components if TERMS[n].stage == stage]
+            names = [name for name in names if self._is_determined(name)]
+            if not names:
+                continue
+            refined += names
+            self._refine(refined if stage < 3 else names)
+        for _ in range(self.params.refinement.cycles if refined else 0):
+            self._update_errors()
+            self._refine([name for name in refined if name in self.result.components])
+        self._update_errors()
+        self.result.after = self._fit().reduced
+        logger.info(
+            "χ² per degree of freedom: %.4f before, %.4f after",
+            self.result.before,
+            self.result.after,
+        )
+
+    def _start(self) -> None:
+        """Scales from the ratio of counts; units of the offset from the mean."""
+        block, refiner = self.block, self.refiner
+        rate = refiner.photons.sum(dtype=float) / block.normalisation.sum(dtype=float)
+        for component in self.result.components.values():
+            if component.additive:
+                component.unit = float(rate) if rate > 0 else 1.0
+        if "scale" in self.result.components and self.given is None:
+            self._start_scales()
+        refiner.update_weights()
+        self.result.before = self._fit().reduced
+
+    def _start_scales(self) -> None:
+        block = self.block
+        n = len(self.result.extents)
+        photons = self.refiner.photons.astype(float)
+        pairs = add_up_pairs(
+            block.group, block.experiment, photons, block.normalisation.astype(float)
+        )
+        scales = relative_scales(pairs, n).scale
+        component = self.result.components["scale"]
+        values = flumpy.to_numpy(component.parameters).copy()
+        for number in range(n):
+            place = component.layout.of_experiment(number)
+            if place is not None and scales[number] > 0:
+                values[place[1]] = np.log(scales[number])
+        component.parameters = flumpy.from_numpy(values)
+
+    def _fit(self) -> Fit:
+        return self.refiner.fit()
+
+    def _is_determined(self, name: str) -> bool:
+        limit = TERMS[name].error_limit
+        if limit is None:
+            return True
+        self.refiner.update_weights()
+        error = standard_error(self.refiner, name)
+        logger.info("%s: standard error of its parameters about %.3g", name, error)
+        if error <= limit and self._has_enough_rows(name):
+            return True
+        self._drop(
+            name,
+            f"the observations do not determine it (standard error about {error:.2g}, "
+            f"limit {limit:g}): too few of the same voxel differ in what it depends on",
+        )
+        return False
+
+    def _has_enough_rows(self, name: str) -> bool:
+        n_params = self.result.components[name].n_params
+        return self.block.n_rows - self.block.n_groups > ROWS_PER_PARAMETER * n_params
+
+    def _drop(self, name: str, why: str) -> None:
+        logger.warning("Warning: the term %s is switched off: %s", name, why)
+        self.result.dropped[name] = why
+        del self.result.components[name]
+        self.reader.layouts.pop(name)
+        self.block.cells.pop(name)
+        used = self.refiner.used
+        self.refiner = self._new_refiner()
+        self.refiner.used = used
+
+    def _update_errors(self) -> None:
+        """Outliers and error model for the current model."""
+        columns = self._columns()
+        if self.params.error_model.refine:
+            # It does without outliers by itself, as far as is needed to find them.
+            self.result.error_model = refine_error_model(*columns)
+        model = self.result.error_model
+        if self.params.outliers.reject:
+            outlier = find_outliers(
+                *columns, threshold=self.params.outliers.threshold, error_model=model
+            )
+            self.refiner.used = ~outlier
+            if self.params.error_model.refine:
+                model = refine_error_model(*columns, outlier)
+                self.result.error_model = model
+        self.refiner.update_weights(model.a, model.b)
+        logger.info(
+            "Outliers: %d of %d; error model: a = %.3f, b = %.4f",
+            np.count_nonzero(~self.refiner.used),
+            self.block.n_rows,
+            model.a,
+            model.b,
+        )
+
+    def _columns(self) -> tuple[np.ndarray, ...]:
+        """What outliers and errors are judged by."""
+        response, offset = self.refiner.responses()
+        block = self.block
+        base = block.background + offset
+        return block.counts, response, base, block.variance, block.start
+
+    def _refine(self, names: list[str]) -> None:
+        """Refine, unless it leads astray: then the term in question is given up."""
+        saved = {n: c.parameters.deep_copy() for n, c in self.result.components.items()}
+        model = self.result.error_model
+        self.refiner.update_weights(model.a, model.b)
+        fit = self.refiner.refine(names, self.params.refinement)
+        logger.info(
+            "%s: χ² per degree of freedom %.4f after %d steps, as %s",
+            ", ".join(names),
+            fit.reduced,
+            fit.n_steps,
+            fit.reason,
+        )
+        self.result.stages.append(Stage(list(names), fit))
+        bad = self._worst_term()
+        if bad is not None:
+            for name, values in saved.items():
+                self.result.components[name].parameters = values
+            self._drop(bad, "its values ran away")
+            rest = [name for name in names if name != bad]
+            if rest:
+                self._refine(rest)
+            return
+        self._fix_gauge()
+
+    def _worst_term(self) -> str | None:
+        """A term with values that no correction has."""
+        worst, size = None, np.log(LARGEST_FACTOR)
+        for name, component in self.result.components.items():
+            if TERMS[name].error_limit is None:
+                continue
+            values = component.cell_values()
+            if not np.isfinite(values).all():
+                return name
+            spread = (
+                np.log(LARGEST_FACTOR) * np.abs(values).max() / (5 * component.unit)
+                if component.additive
+                else np.abs(np.log(values)).max()
+            )
+            if spread > size:
+                worst, size = name, spread
+        return worst
+
+    def _fix_gauge(self) -> None:
+        """Move what the observations leave open to where it belongs."""
+        if self.given is not None:
+            return  # the reference settles it
+        photons = np.maximum(self.refiner.photons, 0) * self.refiner.used
+        for name, component in self.result.components.items():
+            axes = (axis for b in component.layout.blocks for axis in b.axes)
+            if component.additive or not all(axis.is_partition for axis in axes):
+                continue
+            values = component.cell_values()[self.block.cells[name]]
+            if name == "scale":
+                shift = np.log(values.mean())
+            elif photons.any():
+                shift = np.average(np.log(values), weights=photons)
+            else:
+                continue
+            component.parameters = component.parameters - float(shift)
+            if TERMS[name].role is Role.OUTER:  # a (b I + c): what a loses, c gains
+                for other in self.result.components.values():
+                    if other.additive:
+                        other.parameters = other.parameters * float(np.exp(shift))
+
+
+def _check_choice(
+    result: Scaling,
+    reader: RowReader,
+    step: int,
+    grid: Grid,
+    reference: Mapping[str, np.ndarray] | None,
+) -> None:
+    """Compare χ² with that of voxels that were not refined against."""
+    if result.refiner is None or result.after is None:
+        return
+    block = read_block(reader, step, phase=1, single=reference is not None)
+    if block.n_rows == 0:
+        return
+    given = given_intensities(block, reference)
+    refiner = Refiner(block, result.components, grid, given)
+    model = result.error_model
+    response, offset = refiner.responses()
+    outlier = find_outliers(
+        block.counts,
+        response,
+        block.background + offset,
+        block.variance,
+        block.start,
+        error_model=model,
+    )
+    refiner.used = ~outlier
+    refiner.update_weights(model.a, model.b)
+    refiner.evaluate()
+    used = np.add.reduceat(refiner.used.astype(np.int64), block.start[:-1])
+    n_free = used[used > 1].sum() - np.count_nonzero(used > 1)
+    result.control = refiner.evaluate() / max(n_free, 1)
+    logger.info("χ² of as many other voxels: %.4f", result.control)
+    if result.control > ENOUGH * result.after:
+        logger.warning(
+            "Warning: the model describes other voxels worse than those it was refined "
+            "against (χ² %.3f and %.3f): use a larger refinement.max_rows",
+            result.control,
+            result.after,
+        )

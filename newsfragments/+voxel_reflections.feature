@@ -1,0 +1,1 @@
+``dials.diffuse_export``: Voxel observations are exported as integrated reflections of a crystal with a larger cell (``format=dials``), on which ``dials.show``, ``dials.scale`` and ``dials.merge`` work.
