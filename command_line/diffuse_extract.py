@@ -13,7 +13,8 @@ The models may be of stills or of rotation data, of any number of crystals, swee
 detectors. Crystals in different indexing settings are brought into one. A reflection table
 of the same experiments is optional; it serves to check the geometry of each image, and to
 find the size of spots. The output is an experiment list and a reflection table in HDF5, for
-dials.diffuse_merge, and a table of the Bragg intensities that were left out.
+dials.diffuse_merge, a table of the Bragg intensities that were left out, and a page with
+the figures of all images.
 
 Examples::
 
@@ -30,25 +31,47 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import os
-from typing import Any, Sequence
+from typing import Any, Iterator, Sequence
 
 import libtbx.phil
 from dxtbx.model.experiment_list import ExperimentList
 
 import dials.util
+import dials_diffuse
+from dials.array_family import flex
 from dials.util.options import ArgumentParser
-from dials_diffuse.extraction.extract import extract
+from dials.util.version import dials_version
+from dials_diffuse.bragg.lattices import shared_images
+from dials_diffuse.extraction.blocks import images_of, make_blocks
+from dials_diffuse.extraction.extract import Extracted, extract
+from dials_diffuse.extraction.geometry_report import geometry_record
+from dials_diffuse.extraction.indexing_report import indexing_record, log_indexing
 from dials_diffuse.extraction.prepare import Prepared, prepare
-from dials_diffuse.extraction.reindexing import select_experiments
+from dials_diffuse.extraction.reference import make_grid
+from dials_diffuse.extraction.reindexing import (
+    Indexing,
+    apply_to_experiments,
+    apply_to_reflections,
+    find_indexing,
+    select_experiments,
+)
 from dials_diffuse.extraction.report import (
+    blocks_record,
+    bragg_record,
+    count_static_pixels,
     log_bragg,
     log_crystals,
     log_grid,
     log_rotation,
+    observation_totals,
+    pixels_record,
+    shells_record,
 )
-from dials_diffuse.extraction.settings import ExtractionSettings
+from dials_diffuse.extraction.settings import ExtractionSettings, IndexingSettings
+from dials_diffuse.geometry.validation import automatic_tolerance, image_residuals
 from dials_diffuse.io.background import BackgroundFile, check_images
 from dials_diffuse.io.bragg import write_bragg
 from dials_diffuse.io.inputs import (
@@ -57,7 +80,16 @@ from dials_diffuse.io.inputs import (
     with_crystals,
 )
 from dials_diffuse.io.masks import given_mask
-from dials_diffuse.report.corrections import draw_corrections, log_corrections
+from dials_diffuse.io.observations import ObservationFile
+from dials_diffuse.report.corrections import (
+    CorrectionSummary,
+    corrections_record,
+    detector_groups,
+    draw_corrections,
+    log_corrections,
+    plot_corrections,
+)
+from dials_diffuse.report.extraction import finite, render_page
 from dials_diffuse.util.command import (
     errors_in_one_line,
     load_phil,
@@ -72,36 +104,67 @@ logger = logging.getLogger("dials.diffuse.extract")
 phil_scope = load_phil("extract")
 
 
-def check_output(params: Any, inputs: Sequence[str]) -> None:
+def input_names(params: Any) -> list[str]:
+    """The names of all files that are read."""
+    names = [item.filename for item in params.input.experiments]
+    names += [item.filename for item in params.input.reflections]
+    return names + [name for name in (params.mask, params.background) if name]
+
+
+def check_output(params: Any) -> None:
     """Check the names of the output files.
 
     Raises:
         ValueError: A name is missing, is used twice, or will not do.
     """
-    expt_name, refl_name = params.output.experiments, params.output.reflections
-    if not (expt_name and refl_name):
+    output = params.output
+    if not (output.experiments and output.reflections):
         raise ValueError("output.experiments and output.reflections must be names")
-    if os.path.splitext(expt_name)[1] not in (".expt", ".json"):
-        raise ValueError(f"output.experiments={expt_name} must end in .expt or .json")
-    used = {os.path.realpath(name) for name in inputs}
-    names = {"experiments": expt_name, "reflections": refl_name}
-    if params.output.bragg:
-        names["bragg"] = params.output.bragg
-    if params.output.corrections:
-        names["corrections"] = params.output.corrections
-    for option, name in names.items():
+    if os.path.splitext(output.experiments)[1] not in (".expt", ".json"):
+        raise ValueError(
+            f"output.experiments={output.experiments} must end in .expt or .json"
+        )
+    used = {os.path.realpath(name) for name in input_names(params)}
+    options = ("experiments", "reflections", "bragg", "corrections", "html", "json")
+    for option in (*options, "log"):
+        name = getattr(output, option)
+        if not name:
+            continue
         if os.path.realpath(name) in used:
             raise ValueError(f"output.{option}={name} is in use: give another name")
         used.add(os.path.realpath(name))
+        folder = os.path.dirname(name)
+        if folder and not os.path.isdir(folder):
+            # now, and not after hours
+            file = f"the log file {name}" if option == "log" else name
+            raise ValueError(f"Cannot write {file}: there is no folder {folder}")
+
+
+@contextlib.contextmanager
+def collect_warnings(messages: list[str]) -> Iterator[None]:
+    """Append the warnings that are logged within it to a list."""
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(
+        record.getMessage().removeprefix("Warning: ")
+    )
+    parent = logging.getLogger("dials.diffuse")
+    parent.addHandler(handler)
+    try:
+        yield
+    finally:
+        parent.removeHandler(handler)
 
 
 def write_output(
     params: Any,
     phil: str,
     prepared: Prepared,
-    inputs: list[str],
-) -> None:
-    """Extract, and write the table and its experiment list once both are complete."""
+) -> tuple[Extracted, list[CorrectionSummary]]:
+    """Extract, and write the table and its experiment list once both are complete.
+
+    Returns:
+        What was extracted, and the ranges of the corrections.
+    """
     expt_name, refl_name = params.output.experiments, params.output.reflections
     experiments, grid = prepared.experiments, prepared.grid
     settings = prepared.settings
@@ -110,13 +173,14 @@ def write_output(
     log_bragg(settings.bragg)
     log_crystals(experiments, grid)
     log_rotation(experiments, grid)
-    log_corrections(experiments, settings)
+    summaries = log_corrections(experiments, settings)
     if params.output.corrections:
         for name in draw_corrections(params.output.corrections, experiments, settings):
             logger.info("Wrote the pictures of the corrections to %s", name)
     with contextlib.ExitStack() as stack:
         table, expt = map(stack.enter_context, map(atomic_path, (refl_name, expt_name)))
         experiments.as_file(expt)  # first: a name that will not do shows at once
+        inputs = input_names(params)
         found = extract(
             experiments, grid, settings, table, phil, inputs, prepared.rejected
         )
@@ -132,6 +196,109 @@ def write_output(
             len(found.peaks.hkl),
             params.output.bragg,
         )
+    return found, summaries
+
+
+DROPPED = {
+    "none": "value not trusted, or in the moving shadow of the goniometer",
+    "ellipsoid": "value not trusted, or near Bragg positions without a sum",
+    "auto": "value not trusted, or near Bragg positions without a sum",
+    "shoebox": "in boxes of predicted spots, or value not trusted",
+    "statistical": "in voxels that stand out, or value not trusted",
+}
+
+
+def extraction_figures(
+    params: Any, prepared: Prepared, found: Extracted
+) -> dict[str, Any]:
+    """The figures of images, pixels and observations."""
+    experiments, grid = prepared.experiments, prepared.grid
+    settings, peaks = prepared.settings, found.peaks
+    blocks = make_blocks(experiments, settings.block_width, prepared.rejected)
+    with ObservationFile(params.output.reflections) as table:
+        totals = observation_totals(table, blocks)
+    sums = {name: float(values.sum()) for name, values in totals.blocks.items()}
+    n_pixels = int(sums["n_pixels"])
+    static = count_static_pixels(experiments, blocks, grid, settings)
+    n_images = [len(images_of(experiment)) for experiment in experiments]
+    group = experiments[0].crystal.get_space_group()
+    return {
+        "grid": {
+            **dataclasses.asdict(grid),
+            "space_group": str(group.info()),
+            "laue_group": str(grid.laue_group.info()),
+            "shape": grid.shape,
+        },
+        "images": {
+            "n_experiments": len(experiments),
+            "n_crystals": len(experiments.crystals()),
+            "n_images": sum(n_images),
+            "n_used": sum(map(len, blocks)),
+            "n_blocks": len(blocks),
+            "lattices_share_images": any(shared_images(experiments)),
+        },
+        "experiments": {
+            "identifier": list(experiments.identifiers()),
+            "first_image": [images_of(e).start + 1 for e in experiments],
+            "n_images": n_images,
+        },
+        "pixels": {
+            **pixels_record(static, peaks, n_pixels),
+            "dropped_are": DROPPED[settings.bragg.exclusion],
+        },
+        "observations": {
+            "n": found.n_rows,
+            "photons": sums["photons"],
+            "pixels_each": n_pixels / found.n_rows,
+            "photons_per_pixel": sums["photons"] / n_pixels,
+            "background_per_pixel": sums["background"] / n_pixels,
+        },
+        "blocks": blocks_record(totals, blocks),
+        "shells": shells_record(totals, peaks, experiments, grid),
+        "bragg": bragg_record(peaks, experiments, settings),
+    }
+
+
+def geometry_figures(prepared: Prepared) -> dict[str, Any] | None:
+    """The figures of spots against their Bragg positions, as ``prepare`` has judged them."""
+    if prepared.reflections is None:
+        return None
+    images = image_residuals(prepared.experiments, prepared.reflections)
+    geometry, grid = prepared.settings.geometry, prepared.grid
+    tolerance = geometry.tolerance
+    given = tolerance is not None
+    if not given:
+        tolerance = automatic_tolerance(images, grid.cell, grid.ndiv)
+    return geometry_record(images, tolerance, given, geometry.reject_images)
+
+
+def indexing_note(settings: ExtractionSettings, n_crystals: int) -> str:
+    """Why there are no figures of the indexing settings."""
+    if settings.indexing.consistent == "none":
+        return "Crystals were left in the setting they had (indexing.consistent=none)"
+    if n_crystals < 2:
+        return "One crystal model: there is nothing to agree with"
+    return "No choice: the lattice has no more symmetry than the Laue group"
+
+
+def write_report(
+    params: Any,
+    record: dict[str, Any],
+    experiments: ExperimentList,
+    settings: ExtractionSettings,
+) -> None:
+    """Write the record as JSON and as a page, as far as they have names."""
+    if params.output.json:
+        with atomic_path(params.output.json) as path:
+            text = json.dumps(record, indent=1, allow_nan=False)
+            path.write_text(text + "\n", encoding="utf-8")
+        logger.info("Wrote the figures to %s", params.output.json)
+    if params.output.html:
+        first = detector_groups(experiments)[0]
+        figure = plot_corrections([experiments[i] for i in first], settings)
+        with atomic_path(params.output.html) as path:
+            path.write_text(render_page(record, figure), encoding="utf-8")
+        logger.info("Wrote the report to %s", params.output.html)
 
 
 def with_files(
@@ -150,12 +317,33 @@ def with_files(
     return dataclasses.replace(settings, **given_mask(params.mask, experiments))
 
 
-def process(params: Any, phil: str) -> None:
-    """Read the input, extract, write the output."""
+def in_one_setting(
+    experiments: ExperimentList,
+    reflections: flex.reflection_table | None,
+    settings: ExtractionSettings,
+) -> tuple[ExperimentList, flex.reflection_table | None, Indexing | None]:
+    """Experiments and reflections in one indexing setting, and how it was found."""
+    if settings.indexing.consistent != "auto":
+        return experiments, reflections, None
+    grid = make_grid(experiments, settings)
+    indexing = find_indexing(experiments, grid, settings, settings.indexing.in_doubt)
+    if indexing is None:
+        return experiments, reflections, None
+    log_indexing(indexing)
+    if reflections is not None:
+        reflections = apply_to_reflections(reflections, indexing)
+    return apply_to_experiments(experiments, indexing), reflections, indexing
+
+
+def load_input(
+    params: Any,
+) -> tuple[ExperimentList, flex.reflection_table | None, ExtractionSettings]:
+    """The experiments with crystals, their reflections, and the settings.
+
+    Raises:
+        ValueError: A file cannot be read, or the files do not go together.
+    """
     names = [item.filename for item in params.input.experiments]
-    inputs = names + [item.filename for item in params.input.reflections]
-    inputs += [name for name in (params.mask, params.background) if name]
-    check_output(params, inputs)
     all_experiments = load_experiments(params.input.experiments)
     reflections = load_reflections(params.input.reflections, all_experiments)
     experiments = with_crystals(all_experiments, names)
@@ -164,8 +352,52 @@ def process(params: Any, phil: str) -> None:
     if reflections is not None:
         kept = [i for i, e in enumerate(all_experiments) if e.crystal is not None]
         reflections = select_experiments(reflections, kept)
-    prepared = prepare(experiments, reflections, settings)
-    write_output(params, phil, prepared, inputs)
+    return experiments, reflections, settings
+
+
+def process(params: Any, phil: str) -> dict[str, Any]:
+    """Read the input, extract, write the output.
+
+    Returns:
+        The figures of the report, as in the JSON file.
+
+    Raises:
+        ValueError: The input or a parameter will not do, or no pixel is left.
+    """
+    check_output(params)
+    warnings: list[str] = []
+    with collect_warnings(warnings):
+        before, reflections, settings = load_input(params)
+        experiments, reflections, indexing = in_one_setting(
+            before, reflections, settings
+        )
+        done = dataclasses.replace(settings, indexing=IndexingSettings("none"))
+        prepared = prepare(experiments, reflections, done)
+        found, summaries = write_output(params, phil, prepared)
+    record = {
+        "inputs": input_names(params),
+        "output": {
+            name: getattr(params.output, name)
+            for name in ("experiments", "reflections", "bragg", "json")
+        },
+        "versions": {
+            "dials": dials_version(),
+            "dials_diffuse": dials_diffuse.__version__,
+        },
+        "warnings": warnings,
+        "background": params.background,
+        "has_reflections": reflections is not None,
+        "geometry": geometry_figures(prepared),
+        "indexing": indexing and indexing_record(indexing, list(before.identifiers())),
+        "indexing_note": indexing_note(settings, len(before.crystals())),
+        "corrections": corrections_record(
+            summaries, prepared.experiments, prepared.settings
+        ),
+        **extraction_figures(params, prepared, found),
+    }
+    record = finite(record)
+    write_report(params, record, prepared.experiments, prepared.settings)
+    return record
 
 
 def make_parser(phil: libtbx.phil.scope = phil_scope) -> ArgumentParser:
@@ -194,6 +426,7 @@ def run(
     with errors_in_one_line():
         params, options, files = parse_arguments(parser, args)
         refuse_hdf5(files)
+        check_output(params)  # before the log is begun, which might replace a file
         with logged_work(parser, params, options):
             process(params, parser.phil.as_str())
 

@@ -1,9 +1,9 @@
-"""The log of which crystals were reindexed."""
+"""Which crystals were reindexed: for the log and for the report."""
 
 from __future__ import annotations
 
 import logging
-from typing import Sequence
+from typing import Any, Sequence
 
 import numpy as np
 
@@ -79,3 +79,34 @@ def _log_table(indexing: Indexing) -> None:
     if len(rows) > MAX_ROWS:
         logger.info("(%d more)", len(rows) - MAX_ROWS)
         logger.debug(tabulate(rows, header, floatfmt=".1f"))
+
+
+def indexing_record(indexing: Indexing, identifiers: Sequence[str]) -> dict[str, Any]:
+    """The settings and what was done about them, for a JSON file.
+
+    Args:
+        indexing: The settings.
+        identifiers: Of the experiments that its units count.
+    """
+    record = indexing.as_dict()
+    for crystal in record["crystals"]:
+        crystal["identifiers"] = [identifiers[i] for i in crystal["experiments"]]
+    return {
+        **record,
+        "is_telling": indexing.is_telling,
+        "in_doubt": indexing.in_doubt,
+        "sure_from": SURE,
+        "n_reindexed": len(indexing.reindexed),
+        "n_ambiguous": len(indexing.ambiguous),
+        "n_left_out": len(indexing.left_out),
+    }
+
+
+def least_sure(record: dict[str, Any], n: int = MAX_ROWS) -> list[dict[str, Any]]:
+    """The crystals of an ``indexing_record`` of which the setting is least sure.
+
+    Args:
+        record: The record.
+        n: The most crystals.
+    """
+    return sorted(record["crystals"], key=lambda c: c["evidence"])[:n]

@@ -1,22 +1,52 @@
-"""What extraction tells the user before it starts: grid, crystals, rotation."""
+"""What extraction tells the user: grid, crystals, rotation; then pixels and observations.
+
+Of the pixels of all images, those that are masked or beyond the resolution limits are
+counted from the models, those at Bragg positions and those in voxels from what was
+extracted. The rest was dropped by its value, or by one of the exclusions that keep no
+sums.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from typing import Sequence
+from typing import Any, Sequence
 
 import numpy as np
 
+from dxtbx.model import Experiment
 from dxtbx.model.experiment_list import ExperimentList
 
+from dials_diffuse.bragg.sums import PeakIntensities
+from dials_diffuse.extraction.blocks import Block
 from dials_diffuse.extraction.reference import crystal_spread
-from dials_diffuse.extraction.settings import BraggSettings
+from dials_diffuse.extraction.settings import BraggSettings, ExtractionSettings
+from dials_diffuse.extraction.tables import (
+    good_pixels,
+    panel_interpolation,
+    table_keys,
+)
+from dials_diffuse.geometry.interpolation import row_chunks
 from dials_diffuse.grid import Grid
+from dials_diffuse.io.observations import ObservationFile
+from dials_diffuse.merging.statistics import shell_number
 
 logger = logging.getLogger("dials.diffuse.extract")
 
 # Crystals that differ by more than half a voxel blur each other's map.
 MAX_SPREAD = 0.5
+
+MOST_KEYS = 20  # of detector, beam and mask whose pixels are counted
+N_SHELLS = 20  # of equal width in 1/d
+SLAB_ROWS = 1_000_000  # of the table, read at once
+
+# Columns of the table that are summed
+SUMMED = {
+    "n_pixels": "num_pixels.valid",
+    "photons": "counts",
+    "background": "background.sum.value",
+    "normalisation": "normalisation",
+}
 
 
 def format_cell(unit_cell: Sequence[float]) -> str:
@@ -98,3 +128,274 @@ def log_rotation(experiments: ExperimentList, grid: Grid) -> None:
             voxels,
             grid.d_min,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class StaticPixels:
+    """Pixels that no image can use, over all images.
+
+    Attributes:
+        total: Pixels of all images, once for each lattice on them.
+        masked: Those that are masked.
+        outside: Good ones beyond the resolution limits.
+        is_estimate: Whether only some of many detectors, beams and masks were counted.
+    """
+
+    total: int
+    masked: int
+    outside: int
+    is_estimate: bool
+
+
+def count_static_pixels(
+    experiments: ExperimentList,
+    blocks: Sequence[Block],
+    grid: Grid,
+    settings: ExtractionSettings,
+) -> StaticPixels:
+    """Pixels of all images that are masked or beyond the resolution limits.
+
+    Of many triples of detector, beam and mask ``MOST_KEYS`` are counted, evenly spread
+    over the list, and stand for all.
+
+    Args:
+        experiments: The experiments.
+        blocks: The images that are used.
+        grid: The voxel grid, for its resolution limits.
+        settings: The settings of extraction.
+    """
+    keys = table_keys(experiments, settings.masks)
+    n_images: dict[Any, int] = {}
+    first: dict[Any, int] = {}
+    total = 0
+    for block in blocks:
+        key = keys[block.experiment]
+        n_images[key] = n_images.get(key, 0) + len(block)
+        first.setdefault(key, block.experiment)
+        detector = experiments[block.experiment].detector
+        n_pixels = sum(int(np.prod(panel.get_image_size())) for panel in detector)
+        total += n_pixels * len(block)
+    names = list(first)
+    places = np.rint(np.linspace(0, len(names) - 1, MOST_KEYS)).astype(int)
+    chosen = [names[i] for i in np.unique(places)]
+    counted = np.array(
+        [
+            n_images[key]
+            * np.array(_static_pixels_of(experiments[first[key]], grid, settings))
+            for key in chosen
+        ]
+    ).sum(axis=0)
+    factor = total / counted[0]  # 1 if all were counted
+    return StaticPixels(
+        total=total,
+        masked=round(factor * counted[1]),
+        outside=round(factor * counted[2]),
+        is_estimate=len(chosen) < len(names),
+    )
+
+
+def _static_pixels_of(
+    experiment: Experiment, grid: Grid, settings: ExtractionSettings
+) -> tuple[int, int, int]:
+    """Pixels of an image, masked ones, and good ones beyond the resolution limits."""
+    total = masked = outside = 0
+    s0 = np.array(experiment.beam.get_s0())
+    limits = (1 / grid.d_max if grid.d_max else 0.0), 1 / grid.d_min
+    for number, panel in enumerate(experiment.detector):
+        mask = settings.mask_of(experiment)
+        good = good_pixels(panel, number, experiment.imageset, mask)
+        e = panel_interpolation(panel, experiment.beam, settings.corrections)
+        total += good.size
+        masked += good.size - int(good.sum())
+        for rows in row_chunks(good.shape):
+            # s = |e - e0| / λ, s² = 2 (1 - e·e0) / λ² of unit vectors
+            cosine = np.einsum("i...,i->...", e.rows(rows)[:3], s0 / np.linalg.norm(s0))
+            s = np.linalg.norm(s0) * np.sqrt(np.maximum(2 - 2 * cosine, 0))
+            beyond = (s < limits[0]) | (s > limits[1])
+            outside += int(np.count_nonzero(beyond & good[rows]))
+    return total, masked, outside
+
+
+def pixels_record(
+    static: StaticPixels, peaks: PeakIntensities, n_used: int
+) -> dict[str, Any]:
+    """What became of the pixels of all images.
+
+    Args:
+        static: Those that no image can use.
+        peaks: The Bragg peaks that were added up.
+        n_used: Pixels in voxels.
+    """
+    bragg = int(np.sum(peaks.n_pixels))
+    known = static.masked + static.outside + bragg + n_used
+    return {
+        "total": static.total,
+        "masked": static.masked,
+        "outside_resolution": static.outside,
+        "bragg": bragg,
+        # single precision moves some pixels across the resolution limits
+        "dropped": max(static.total - known, 0),
+        "used": n_used,
+        "is_estimate": static.is_estimate,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class ObservationTotals:
+    """Sums over the observations of a table.
+
+    Attributes:
+        blocks: ``n_observations`` and those of ``SUMMED`` of each block of images.
+        shells: The same in shells of resolution.
+        edges: Limits of the shells, 1/Å, shape (n_shells + 1,).
+    """
+
+    blocks: dict[str, np.ndarray]
+    shells: dict[str, np.ndarray]
+    edges: np.ndarray
+
+
+def block_of_rows(
+    blocks: Sequence[Block], experiment: np.ndarray, z: np.ndarray
+) -> np.ndarray:
+    """Number of the block of each observation.
+
+    Args:
+        blocks: The blocks, in the order of experiments and images.
+        experiment: Number of the experiment, shape (n,).
+        z: Mean position in the scan, images, shape (n,).
+    """
+    starts = np.array([(b.experiment, b.array_indices.start) for b in blocks])
+    most = max(int(starts[:, 1].max()), int(z.max(initial=0))) + 1
+    keys = starts[:, 0] * most + starts[:, 1]
+    wanted = experiment.astype(np.int64) * most + np.floor(z).astype(np.int64)
+    return np.clip(np.searchsorted(keys, wanted, side="right") - 1, 0, None)
+
+
+def observation_totals(
+    table: ObservationFile, blocks: Sequence[Block]
+) -> ObservationTotals:
+    """Sums over all observations, by block of images and by resolution.
+
+    Args:
+        table: The observations.
+        blocks: The blocks they were made from.
+    """
+    grid = table.grid
+    low = 1 / grid.d_max if grid.d_max else 0.0
+    edges = np.linspace(low, 1 / grid.d_min, N_SHELLS + 1)
+    names = ("n_observations", *SUMMED)
+    by_block = {name: np.zeros(len(blocks)) for name in names}
+    by_shell = {name: np.zeros(N_SHELLS) for name in names}
+    for start, stop in table.slabs(SLAB_ROWS):
+        columns = ["id", "xyzobs.px.value", "d", *SUMMED.values()]
+        rows = table.read(start, stop, columns)
+        d = rows["d"]
+        s = np.divide(1.0, d, out=np.zeros_like(d), where=d > 0)
+        block = block_of_rows(blocks, rows["id"], rows["xyzobs.px.value"][:, 2])
+        for sums, number in ((by_block, block), (by_shell, shell_number(s, edges))):
+            size = len(sums["n_observations"])
+            sums["n_observations"] += np.bincount(number, minlength=size)
+            for name, column in SUMMED.items():
+                sums[name] += np.bincount(number, rows[column], minlength=size)
+    return ObservationTotals(by_block, by_shell, edges)
+
+
+def blocks_record(
+    totals: ObservationTotals, blocks: Sequence[Block]
+) -> dict[str, list[Any]]:
+    """The sums of each block of images as columns, for a JSON file."""
+    return {
+        "experiment": [block.experiment for block in blocks],
+        "first_image": [block.array_indices.start + 1 for block in blocks],
+        "n_images": [len(block) for block in blocks],
+        "exposure": [block.exposure for block in blocks],
+        **_numbers(totals.blocks),
+    }
+
+
+def shells_record(
+    totals: ObservationTotals,
+    peaks: PeakIntensities,
+    experiments: ExperimentList,
+    grid: Grid,
+) -> list[dict[str, Any]]:
+    """The sums in each shell of resolution, and its Bragg peaks, for a JSON file.
+
+    Peaks of sweeps that are not complete are left out.
+    """
+    columns = _numbers(totals.shells)
+    is_still = np.array([experiment.is_still() for experiment in experiments])
+    cells = dataclasses.replace(grid, ndiv=(1, 1, 1))
+    shell = shell_number(cells.s(peaks.hkl), totals.edges)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = peaks.intensity / np.sqrt(peaks.variance)
+    usable = peaks.complete | is_still[peaks.id]
+    records = []
+    for i, (low, high) in enumerate(zip(totals.edges, totals.edges[1:])):
+        mine = (shell == i) & np.isfinite(ratio) & usable
+        record = {name: column[i] for name, column in columns.items()}
+        weight = peaks.weight[mine]
+        records.append(
+            {
+                "d_max": 1 / low if low > 0 else None,
+                "d_min": 1 / high,
+                **record,
+                "n_peaks": int(mine.sum()),
+                "mean_peak": _mean(peaks.intensity[mine], weight),
+                "mean_peak_i_over_sigma": _mean(ratio[mine], np.ones(len(weight))),
+            }
+        )
+    return records
+
+
+def _mean(values: np.ndarray, weights: np.ndarray) -> float | None:
+    return float(np.average(values, weights=weights)) if weights.sum() > 0 else None
+
+
+def _numbers(sums: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+    """Counts as integers; the mean intensity (N - B)/M and its parts besides."""
+    counts = ("n_observations", "n_pixels")
+    result: dict[str, list[Any]] = {name: list(map(int, sums[name])) for name in counts}
+    photons, background = sums["photons"], sums["background"]
+    for name, part, divisor in (
+        ("photons_per_pixel", photons, sums["n_pixels"]),
+        ("background_per_pixel", background, sums["n_pixels"]),
+        ("intensity", photons - background, sums["normalisation"]),
+    ):
+        result[name] = [
+            float(f"{x / y:.6g}") if y > 0 else None for x, y in zip(part, divisor)
+        ]
+    return result
+
+
+def bragg_record(
+    peaks: PeakIntensities, experiments: ExperimentList, settings: ExtractionSettings
+) -> dict[str, Any]:
+    """Which pixels about the Bragg positions were left out, and their sums.
+
+    Args:
+        peaks: The sums.
+        experiments: The experiments.
+        settings: The settings of extraction, with what was fitted.
+    """
+    bragg = settings.bragg
+    fitted: dict[int, dict[str, Any]] = {}
+    for number, experiment in enumerate(experiments):
+        ellipsoid = (settings.ellipsoids or {}).get(experiment.identifier)
+        if ellipsoid is not None:
+            figures = {"experiments": [], **dataclasses.asdict(ellipsoid)}
+            fitted.setdefault(id(ellipsoid), figures)["experiments"].append(number)
+    is_ellipsoid = bragg.exclusion == "ellipsoid"
+    return {
+        "exclusion": bragg.exclusion,
+        "semi_axes": list(bragg.semi_axes) if is_ellipsoid else None,
+        "unit": bragg.unit if is_ellipsoid else None,
+        "absent": bragg.absent,
+        "fraction": bragg.fraction if bragg.exclusion == "auto" else None,
+        "margin": bragg.margin if bragg.exclusion == "shoebox" else None,
+        "ellipsoids": list(fitted.values()),
+        "n_peaks": len(peaks.hkl),
+        "n_complete": int(np.sum(peaks.complete)),
+        "n_unique": len(np.unique(peaks.hkl, axis=0)),
+    }

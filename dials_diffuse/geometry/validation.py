@@ -4,7 +4,8 @@ For each indexed reflection, the scattering vector of its observed pixel, s1 - s
 compared with that of its Miller index, S R F A h, both from the models of its own image:
 a still, or the image that holds the centroid of a spot of rotation data. Each image then
 has a mean and a largest distance; the mean vector, in which the spots' own errors cancel,
-shows a detector or a beam that is out of place.
+shows a detector or a beam that is out of place. An image is out of order if its mean is
+beyond a tolerance, and above that of most images by more than its standard error explains.
 """
 
 from __future__ import annotations
@@ -34,6 +35,14 @@ HARMLESS = 0.1
 # and no more than this part of the shortest reciprocal axis, where an indexed spot is not
 # the spot of that index.
 MAX_RESIDUAL = 0.3
+
+# An image beyond the tolerance must also be so many standard errors of its mean above the
+# median of the images: the mean of a few spots says little.
+SIGNIFICANT = 3.0
+# Standard deviation over mean of the length of a vector with normal components in two
+# directions (Rayleigh distribution), sqrt(4/pi - 1): spots of a usual mean scatter by as
+# much, also if the few of an image agree by chance.
+LEAST_SCATTER = 0.5227
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +129,7 @@ class ImageResiduals:
         mean, largest: Of |Δrlp|, Å⁻¹.
         shift: |mean of Δrlp|, Å⁻¹.
         rms_hkl: Root mean square of |Δhkl|.
+        mean_error: Standard error of ``mean``, Å⁻¹; 0 for a single spot.
     """
 
     experiment: np.ndarray
@@ -129,9 +139,30 @@ class ImageResiduals:
     largest: np.ndarray
     shift: np.ndarray
     rms_hkl: np.ndarray
+    mean_error: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.mean_error is None:
+            object.__setattr__(self, "mean_error", np.zeros(len(self.mean)))
 
     def __len__(self) -> int:
         return len(self.experiment)
+
+    def is_beyond(self, tolerance: float) -> np.ndarray:
+        """Which images have a mean distance that is larger, and surely so, shape (n,).
+
+            mean > tolerance  and  mean - SIGNIFICANT · error > typical
+
+        The median of the images is typical, or the tolerance if that is less; the error
+        is ``mean_error``, at least that of so many spots of an image that is typical.
+        """
+        if len(self) == 0:
+            return np.zeros(0, dtype=bool)
+        typical = min(float(np.median(self.mean)), tolerance)
+        usual = LEAST_SCATTER * typical / np.sqrt(self.n_spots)
+        error = np.maximum(self.mean_error, usual)
+        is_sure = self.mean - SIGNIFICANT * error > typical
+        return (self.mean > tolerance) & is_sure
 
     def as_dict(self) -> dict[str, Any]:
         """The figures as lists, for a JSON file."""
@@ -174,7 +205,7 @@ def image_residuals(
     ids = flumpy.to_numpy(reflections["id"])
     order = np.argsort(ids, kind="stable")
     starts = np.searchsorted(ids[order], np.arange(len(experiments) + 1))
-    parts = [np.empty((0, 7))]
+    parts = [np.empty((0, 8))]
     for number, experiment in enumerate(experiments):
         rows = order[starts[number] : starts[number + 1]].astype(np.uint64)
         if len(rows) and experiment.crystal is not None:
@@ -194,6 +225,7 @@ def _per_image(number: int, residuals: SpotResiduals) -> np.ndarray:
     distance = np.linalg.norm(residuals.rlp, axis=1)
     largest = np.zeros(len(images))
     np.maximum.at(largest, of_spot, distance)
+    mean = np.bincount(of_spot, distance) / n
     vectors = [np.bincount(of_spot, component) / n for component in residuals.rlp.T]
     hkl2 = np.bincount(of_spot, np.sum(residuals.hkl**2, axis=1)) / n
     return np.stack(
@@ -201,13 +233,22 @@ def _per_image(number: int, residuals: SpotResiduals) -> np.ndarray:
             np.full(len(images), number),
             images,
             n,
-            np.bincount(of_spot, distance) / n,
+            mean,
             largest,
             np.linalg.norm(vectors, axis=0),
             np.sqrt(hkl2),
+            _error_of_mean(distance, of_spot, mean, n),
         ],
         axis=-1,
     )
+
+
+def _error_of_mean(
+    distance: np.ndarray, of_spot: np.ndarray, mean: np.ndarray, n: np.ndarray
+) -> np.ndarray:
+    """Standard error of the mean distance of each image, s/√n; 0 for a single spot."""
+    squares = np.bincount(of_spot, (distance - mean[of_spot]) ** 2)
+    return np.sqrt(squares / np.maximum(n - 1, 1) / n)
 
 
 def automatic_tolerance(
@@ -238,11 +279,12 @@ def automatic_tolerance(
 def images_to_reject(
     images: ImageResiduals, tolerance: float
 ) -> frozenset[tuple[int, int]]:
-    """(experiment, array index) of the images with a larger mean distance.
+    """(experiment, array index) of the images with a surely larger mean distance.
 
-    Images without indexed spots cannot be judged and are not among them.
+    Images without indexed spots, or with too few to be sure (``ImageResiduals.is_beyond``),
+    cannot be judged and are not among them.
     """
-    bad = images.mean > tolerance
+    bad = images.is_beyond(tolerance)
     return frozenset(
         zip(images.experiment[bad].tolist(), images.array_index[bad].tolist())
     )

@@ -13,7 +13,7 @@ import logging
 import math
 import os
 from pathlib import Path
-from typing import NamedTuple, Sequence
+from typing import Any, NamedTuple, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -229,6 +229,15 @@ def summarise_corrections(
     return [_summary(experiments, groups[i], settings.corrections) for i in chosen]
 
 
+def in_few_tables(
+    summaries: Sequence[CorrectionSummary],
+) -> list[CorrectionSummary]:
+    """The summaries, or those of many pairs in one: for the reader."""
+    if len(summaries) > MOST_TABLES:
+        return [_joined(summaries)]
+    return list(summaries)
+
+
 def _joined(summaries: Sequence[CorrectionSummary]) -> CorrectionSummary:
     """Ranges over several detectors and beams, each counted by its images."""
     n_images = [summary.n_images for summary in summaries]
@@ -299,19 +308,24 @@ def _origin(given: object) -> str:
     return "model" if given is None else "given"
 
 
-def log_corrections(experiments: ExperimentList, settings: ExtractionSettings) -> None:
-    """Log the ranges of the factors, and what they were computed from."""
+def log_corrections(
+    experiments: ExperimentList, settings: ExtractionSettings
+) -> list[CorrectionSummary]:
+    """Log the ranges of the factors, and what they were computed from.
+
+    Returns:
+        The ranges, of ``summarise_corrections``.
+    """
     summaries = summarise_corrections(experiments, settings)
-    n_groups = len(_groups(experiments))
-    if len(summaries) > MOST_TABLES:
+    shown = in_few_tables(summaries)
+    if len(shown) < len(summaries):
         logger.info(
             "Corrections of %d of %d pairs of detector and beam together, models of the "
             "first:",
             len(summaries),
-            n_groups,
+            len(_groups(experiments)),
         )
-        summaries = [_joined(summaries)]
-    for summary in summaries:
+    for summary in shown:
         first = summary.experiments[0]
         header = ("Factor", "Min", "Mean", "Max")
         rows = [(row[0], *(f"{x:.5g}" for x in row[1:])) for row in summary.factors]
@@ -324,14 +338,56 @@ def log_corrections(experiments: ExperimentList, settings: ExtractionSettings) -
         for line in describe_models(experiments[first], settings):
             logger.info("%s", line)
         if settings.corrections.exposure and summary.n_without_exposure:
-            logger.info(
-                "Exposure: %d of %d images do not say theirs, it is taken as 1 s",
-                summary.n_without_exposure,
-                summary.n_images,
-            )
-    off = [FACTORS[name].name for name in FACTORS if not _is_on(name, settings)]
+            logger.info("%s", _exposure_line(summary))
+    off = switched_off(settings)
     if off:
         logger.info("Corrections that are switched off: %s", ", ".join(off))
+    return summaries
+
+
+def _exposure_line(summary: CorrectionSummary) -> str:
+    return (
+        f"Exposure: {summary.n_without_exposure} of {summary.n_images} images do not say "
+        "theirs, it is taken as 1 s"
+    )
+
+
+def switched_off(settings: ExtractionSettings) -> list[str]:
+    """Names of the factors that are not taken in."""
+    return [FACTORS[name].name for name in FACTORS if not _is_on(name, settings)]
+
+
+def corrections_record(
+    summaries: Sequence[CorrectionSummary],
+    experiments: ExperimentList,
+    settings: ExtractionSettings,
+) -> dict[str, Any]:
+    """The ranges of the factors and what they were computed from, for a JSON file.
+
+    Args:
+        summaries: Of ``summarise_corrections``.
+        experiments: The experiments.
+        settings: The settings of extraction.
+    """
+
+    def record(summary: CorrectionSummary) -> dict[str, Any]:
+        models = describe_models(experiments[summary.experiments[0]], settings)
+        if settings.corrections.exposure and summary.n_without_exposure:
+            models.append(_exposure_line(summary))
+        return {
+            "experiments": list(summary.experiments),
+            "n_images": summary.n_images,
+            "models": models,
+            "factors": [factor._asdict() for factor in summary.factors],
+        }
+
+    together = in_few_tables(summaries)
+    return {
+        "n_pairs": len(_groups(experiments)),
+        "pairs": [record(summary) for summary in summaries],
+        "together": record(together[0]) if len(together) < len(summaries) else None,
+        "switched_off": switched_off(settings),
+    }
 
 
 def _is_on(name: str, settings: ExtractionSettings) -> bool:
@@ -452,6 +508,11 @@ def _plot_exposure(ax: Axes, experiments: Sequence[Experiment]) -> None:
     ax.set_title("exposure")
 
 
+def detector_groups(experiments: ExperimentList) -> list[list[int]]:
+    """Numbers of the experiments that share a detector."""
+    return _groups(experiments, by_beam=False)
+
+
 def draw_corrections(
     path: str | os.PathLike, experiments: ExperimentList, settings: ExtractionSettings
 ) -> list[Path]:
@@ -470,7 +531,7 @@ def draw_corrections(
         ValueError: A file cannot be written.
     """
     path = Path(path)
-    groups = _groups(experiments, by_beam=False)
+    groups = detector_groups(experiments)
     written = []
     for number, members in enumerate(groups[:MOST_PICTURES], 1):
         name = path if number == 1 else path.with_name(f"{path.stem}_{number}.png")

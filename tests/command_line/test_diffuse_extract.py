@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import pickle
 import resource
 import shutil
@@ -102,8 +103,8 @@ def read_table(path="extracted.refl") -> dict[str, np.ndarray]:
 
 
 def run(*args) -> str:
-    """Run the command; returns its log."""
-    diffuse_extract.run([str(arg) for arg in args])
+    """Run the command, without a page unless one is named; returns its log."""
+    diffuse_extract.run(["output.html=None", *map(str, args)])
     return Path(LOG).read_text()
 
 
@@ -185,8 +186,10 @@ def test_images_that_do_not_fit_are_left_out(tmp_path, monkeypatch):
     assert f"{n_images - 1} images in" in log
     with pytest.raises(Sorry, match="needs the reflection table"):
         run(expt, "geometry.reject_images=True")
+    table["xyzobs.px.value"] = flex.vec3_double(x + 9.0, y, z)
+    table.as_file(refl)
     with pytest.raises(Sorry, match="all images are farther"):
-        run(expt, refl, "geometry.reject_images=True", "geometry.tolerance=1e-6")
+        run(expt, refl, "geometry.reject_images=True", "geometry.tolerance=1e-3")
 
 
 def test_several_experiment_lists(stills, tmp_path):
@@ -283,6 +286,58 @@ def test_hdf5_output_is_read_by_dials(stills):
     assert dict(table.experiment_identifiers()) == {i: f"stills-{i}" for i in range(3)}
 
 
+def test_report_has_the_figures_of_the_data(stills):
+    """The page and its JSON file, against the table and the models."""
+    refl = write_reflections(stills)
+    run(stills, refl, "mp.nproc=1", "output.html=page.html", "bragg.absent=True")
+    record = json.loads(Path("dials.diffuse_extract.json").read_text())
+    table = read_table()
+    assert record["pixels"]["used"] == table["num_pixels.valid"].sum()
+    assert record["pixels"]["total"] == 3 * 50 * 60
+    assert record["observations"]["n"] == len(table["id"])
+    assert record["blocks"]["experiment"] == [0, 1, 2]
+    for i in range(3):
+        rows = table["id"] == i
+        n_pixels = table["num_pixels.valid"][rows].sum()
+        assert record["blocks"]["n_pixels"][i] == n_pixels
+        mean = table["counts"][rows].sum() / n_pixels
+        assert record["blocks"]["photons_per_pixel"][i] == pytest.approx(mean, 1e-5)
+    names = ("used", "masked", "outside_resolution", "bragg", "dropped")
+    parts = sum(record["pixels"][name] for name in names)
+    assert parts == record["pixels"]["total"]
+    assert record["geometry"]["images"]["experiment"] == [0, 1, 2]
+    assert record["geometry"]["n_beyond"] == 0
+    (pair,) = record["corrections"]["pairs"]
+    assert [f["label"][:5] for f in pair["factors"]][:2] == ["polar", "solid"]
+    page = Path("page.html").read_text()
+    assert f"<td>{record['pixels']['used']}</td>" in page
+    assert page.count("<img") == 4
+    assert "No image is beyond it" in page and "Warnings" not in page
+
+
+def test_report_names_images_and_warnings(stills):
+    refl = write_reflections(stills)
+    table = flex.reflection_table.from_file(refl)
+    x, y, z = table["xyzobs.px.value"].parts()
+    table["xyzobs.px.value"] = flex.vec3_double(x + 4.0, y, z)
+    table.as_file(refl)
+    arguments = ("mp.nproc=1", "geometry.tolerance=0.001", "output.html=page.html")
+    run(stills, refl, *arguments)
+    record = json.loads(Path("dials.diffuse_extract.json").read_text())
+    assert record["geometry"]["images"]["is_beyond"] == [True] * 3
+    assert record["geometry"]["tolerance_is_given"]
+    (warning,) = record["warnings"]
+    assert warning.startswith("the spots of 3 of 3 images are on average farther")
+    page = Path("page.html").read_text()
+    assert page.count("beyond the tolerance</td>") == 3
+    assert "<h2>Warnings</h2>" in page
+
+
+def test_no_report(stills):
+    run(stills, "mp.nproc=1", "output.json=None")
+    assert not [name for name in files(Path.cwd()) if name.endswith(("html", "json"))]
+
+
 # Wrong input
 
 
@@ -308,6 +363,8 @@ def test_hdf5_output_is_read_by_dials(stills):
             "output.experiments=nowhere/extracted.expt",
             "Cannot write nowhere/extracted.expt: there is no folder nowhere",
         ),
+        ("output.html=nowhere/a.html", "Cannot write nowhere/a.html: there is no fol"),
+        ("output.json=extracted.expt", "output.json=extracted.expt is in use"),
         ("output.log=nowhere/log", "Cannot write the log file nowhere/log"),
         ("output.experiments=None", "output.experiments .* must be names"),
         ("output.reflections=None", "output.reflections must be names"),
@@ -556,9 +613,8 @@ def test_damaged_first_image(stills, tmp_path, n_bytes):
 def test_disk_full(stills, nproc, kib):
     """At whatever stage: one line, nothing left."""
     before = files(Path.cwd())
-    result = command(
-        stills, f"mp.nproc={nproc}", "output.log=None", limit_bytes=kib * 1024
-    )
+    no_report = ("output.log=None", "output.html=None", "output.json=None")
+    result = command(stills, f"mp.nproc={nproc}", *no_report, limit_bytes=kib * 1024)
     if result.returncode == 0:
         assert files(Path.cwd()) == before | {"extracted.expt", "extracted.refl"}
         assert kib > 100

@@ -24,6 +24,7 @@ from dials.array_family import flex
 from dials_diffuse.extraction.geometry_report import log_images
 from dials_diffuse.geometry.orientation import frame_model
 from dials_diffuse.geometry.validation import (
+    ImageResiduals,
     automatic_tolerance,
     image_residuals,
     images_to_reject,
@@ -193,6 +194,65 @@ def test_spots_that_an_end_of_the_scan_cuts_are_not_judged():
     np.testing.assert_allclose(images.mean, exact.mean[1:-1])
     alone = reflections.select(flex.bool(list(map(bool, cut))))
     assert len(image_residuals(experiments, alone)) == 2  # better than none
+
+
+def images_of_spots(distances: list) -> ImageResiduals:
+    """An image for each list of distances of its spots, by the formula of textbooks."""
+    n = np.array([len(d) for d in distances])
+    return ImageResiduals(
+        experiment=np.arange(len(n)),
+        array_index=np.zeros(len(n), dtype=int),
+        n_spots=n,
+        mean=np.array([np.mean(d) for d in distances]),
+        largest=np.array([np.max(d) for d in distances]),
+        shift=np.zeros(len(n)),
+        rms_hkl=np.zeros(len(n)),
+        mean_error=np.array(
+            [
+                np.std(d, ddof=1) / np.sqrt(len(d)) if len(d) > 1 else 0
+                for d in distances
+            ]
+        ),
+    )
+
+
+def test_standard_error_of_the_mean_is_that_of_the_spots():
+    experiments = ExperimentList([still(i) for i in range(3)])
+    reflections = joined(experiments)
+    images = image_residuals(experiments, reflections)
+    for i, experiment in enumerate(experiments):
+        own = reflections.select(reflections["id"] == i)
+        distance = np.linalg.norm(spot_residuals(experiment, own).rlp, axis=1)
+        expected = np.std(distance, ddof=1) / np.sqrt(len(distance))
+        assert images.mean_error[i] == pytest.approx(expected)
+
+
+def test_images_of_few_spots_are_named_only_if_that_is_sure():
+    """A few spots that happen to be far off, against many or more that surely are."""
+    rng = np.random.default_rng(11)
+    usual = [0.001 * np.hypot(*rng.normal(size=(2, 200))) for _ in range(40)]
+    tolerance = 0.0019  # 1.5 times the mean of the usual
+    borderline = 0.0020  # wanted mean of an image
+    few, many = (0.001 * np.hypot(*rng.normal(size=(2, n))) for n in (14, 400))
+    few, many = (d * borderline / d.mean() for d in (few, many))
+    outlier = np.append(np.full(13, 0.0012), 0.03)  # one spot of another index
+    single, far = np.array([0.0025]), np.array([0.03])
+    images = images_of_spots([*usual, few, many, outlier, single, far])
+    assert np.all(images.mean[40:] > tolerance)
+    named = {number for number, _ in images_to_reject(images, tolerance)}
+    assert named == {41, 44}  # the one of many spots, and the one beyond all doubt
+
+
+def test_usual_images_of_few_spots_are_not_named():
+    """Of two thousand images of four spots each, drawn from one distribution."""
+    rng = np.random.default_rng(12)
+    many = [np.hypot(*rng.normal(size=(2, 100))) for _ in range(2000)]
+    few = [np.hypot(*rng.normal(size=(2, 4))) for _ in range(2000)]
+    images = images_of_spots(many + few)
+    tolerance = 1.5 * float(np.median(images.mean))
+    beyond = images.is_beyond(tolerance)
+    assert np.sum(images.mean > tolerance) > 30  # by the mean alone
+    assert beyond.sum() <= 8
 
 
 def test_automatic_tolerance():

@@ -1,0 +1,1 @@
+``dials.diffuse_extract``: A page (``output.html``) and its figures (``output.json``) tell what became of the pixels, and show spots against their Bragg positions, counts, indexing settings and corrections of all images; an image of few spots is named only if it is surely beyond ``geometry.tolerance``.
