@@ -10,7 +10,8 @@ with dh = h - nearest lattice point, B of the crystal (so that B dh is in Å⁻�
 quantile f of χ² with three degrees of freedom, and M the shape of the peaks: a sphere,
 unless the spots say surely that they are elongated, which widens it. v2 is the square of the
 mosaic spread, in which the divergence of the beam and errors of the orientation are
-contained. c is widened if the tails of the spots are stronger than a Gaussian's, and by
+contained. Halos around the peaks are no part of them: the widths are those of the cores (``halos``).
+c is widened if the tails of the cores are stronger than a Gaussian's, and by
 twice the standard error of the width. g is averaged over the Laue group.
 
 Peaks whose lattice points pass the Ewald sphere are as wide as in a still: dh is the least
@@ -38,6 +39,7 @@ from dxtbx.model import Experiment
 from dxtbx.model.experiment_list import ExperimentList
 
 from dials_diffuse.bragg import spots as spot_finding
+from dials_diffuse.bragg.halos import without_halos
 from dials_diffuse.bragg.spots import Spots
 from dials_diffuse.bragg.widths import (
     SpotMoments,
@@ -47,7 +49,11 @@ from dials_diffuse.bragg.widths import (
 )
 from dials_diffuse.extraction.blocks import image_identity, images_of
 from dials_diffuse.extraction.reference import mean_cell
-from dials_diffuse.extraction.settings import covered_fraction, symmetric
+from dials_diffuse.extraction.settings import (
+    BraggSettings,
+    covered_fraction,
+    symmetric,
+)
 
 logger = logging.getLogger("dials.diffuse.extract")
 
@@ -125,6 +131,7 @@ class Ellipsoid:
         excluded_high: The same at d_min.
         d_min: Å.
         fitted: False for the default.
+        n_halos: Spots that were not used because they are mostly halo.
     """
 
     metric: tuple[float, ...]
@@ -143,6 +150,7 @@ class Ellipsoid:
     excluded_high: float
     d_min: float
     fitted: bool = True
+    n_halos: int = 0
 
     def is_inside(
         self, dh: np.ndarray, hkl: np.ndarray, s: np.ndarray, radial: bool = False
@@ -176,6 +184,42 @@ def symmetrized(g: np.ndarray, rotations: np.ndarray) -> tuple[float, ...]:
     excess = max(eigh(mean, other, eigvals_only=True)[-1] for other in equivalents)
     g = mean / max(excess, 1.0)
     return tuple(map(float, (g[0, 0], g[1, 1], g[2, 2], g[0, 1], g[0, 2], g[1, 2])))
+
+
+def unequal_semi_axes(
+    semi_axes: Sequence[float], rotations: np.ndarray
+) -> list[tuple[int, ...]]:
+    """Axes that the Laue group makes equivalent but that were given other semi-axes.
+
+    Args:
+        semi_axes: Along a*, b* and c*.
+        rotations: Of the Laue group, shape (n, 3, 3).
+
+    Returns:
+        The numbers of the axes of each such set.
+    """
+    # h' = h R takes the axis i to the axes where the i-th row is not zero
+    mixed = np.any(rotations != 0, axis=0)
+    sets = sorted({tuple(map(int, np.flatnonzero(row))) for row in mixed})
+    return [s for s in sets if np.ptp([semi_axes[i] for i in s]) > 0]
+
+
+def warn_of_unequal_axes(bragg: BraggSettings, rotations: np.ndarray) -> None:
+    """Warn that the semi-axes given for equivalent axes are averaged.
+
+    Args:
+        bragg: The settings.
+        rotations: Of the Laue group, shape (n, 3, 3).
+    """
+    if bragg.exclusion != "ellipsoid":
+        return
+    for axes in unequal_semi_axes(bragg.semi_axes, rotations):
+        logger.warning(
+            "Warning: bragg.semi_axes=%s along %s, which the Laue group makes equivalent, "
+            "are not equal: the ellipsoid is averaged over the group",
+            ",".join(f"{bragg.semi_axes[i]:g}" for i in axes),
+            " and ".join(f"{'abc'[i]}*" for i in axes),
+        )
 
 
 def b_matrix(cell: uctbx.unit_cell) -> np.ndarray:
@@ -369,7 +413,7 @@ def fit_ellipsoid(
     rotations: np.ndarray,
     settings: FitSettings = FitSettings(),
 ) -> Ellipsoid:
-    """The region that the Bragg peaks of a data set cover.
+    """The region that the Bragg peaks of a data set cover, without their halos.
 
     Args:
         experiments: Experiments with images and crystals.
@@ -378,13 +422,21 @@ def fit_ellipsoid(
         settings: How.
 
     Raises:
-        ValueError: There are too few spots, or they are far from the lattice points.
+        ValueError: There are too few spots, they are far from the lattice points, or
+            they are mostly halo.
     """
     spots, n_all, n_images = find_spots(experiments, numbers, settings)
-    cell = mean_cell([experiments[i].crystal.get_unit_cell() for i in numbers])
-    result = ellipsoid_of_spots(spots, cell, rotations, settings, n_images)
     logger.debug("%d of %d spots near a lattice point", len(spots), n_all)
-    return result
+    cores = without_halos(spots)
+    if len(cores) < FEWEST_REFLECTIONS:
+        raise ValueError(
+            f"Only {len(cores)} of {len(spots)} spots stand out of the halos around the "
+            f"Bragg positions, {FEWEST_REFLECTIONS} are needed to fit the Bragg "
+            "ellipsoid: give its semi-axes"
+        )
+    cell = mean_cell([experiments[i].crystal.get_unit_cell() for i in numbers])
+    result = ellipsoid_of_spots(cores, cell, rotations, settings, n_images)
+    return dataclasses.replace(result, n_halos=len(spots) - len(cores))
 
 
 def ellipsoid_of_spots(
@@ -551,14 +603,15 @@ def number_ranges(numbers: Sequence[int]) -> str:
 def log_ellipsoid(ellipsoid: Ellipsoid, numbers: Sequence[int]) -> None:
     """Log what was fitted to a data set."""
     logger.info(
-        "Bragg ellipsoid of experiments %s, from %d spots (%d pixels) in %d images: "
-        "semi-axes %.3f, %.3f, %.3f of a*, b*, c* (%.4f, %.4f, %.4f 1/A) at the origin, "
+        "Bragg ellipsoid of experiments %s, from %d spots (%d pixels) in %d images, "
+        "without %d that are mostly halo: semi-axes %.3f, %.3f, %.3f of a*, b*, c* (%.4f, %.4f, %.4f 1/A) at the origin, "
         "mosaic spread %.3f degrees, tails %.2f; it excludes %.1f %% of the reciprocal "
         "cell at low resolution and %.1f %% at %.2f A",
         number_ranges(numbers),
         ellipsoid.n_peaks,
         ellipsoid.n_pixels,
         ellipsoid.n_images,
+        ellipsoid.n_halos,
         *ellipsoid.semi_axes,
         *ellipsoid.semi_axes_per_angstrom,
         ellipsoid.mosaic_spread,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 
 import numpy as np
 
@@ -73,6 +74,28 @@ class PointGrid:
         """
         hkl = np.floor(np.asarray(index) / self.grid.ndiv + 0.5).astype(np.int32)
         return np.clip(hkl, -np.array(self.half_size), self.half_size)
+
+    def around(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The lattice points that each voxel is around: two or more half-way between.
+
+        Args:
+            index: Voxel indices, shape (n, 3).
+
+        Returns:
+            Number of the voxel, and Miller indices of the point, shapes (m,) and (m, 3).
+        """
+        ndiv = np.array(self.grid.ndiv)
+        upper = self.nearest(index)
+        half_way = (2 * np.asarray(index) + ndiv) % (2 * ndiv) == 0
+        voxels, points = [], []
+        for steps in itertools.product((0, 1), repeat=3):
+            step = np.array(steps)
+            point = upper - step
+            is_around = np.all(half_way | (step == 0), axis=1)
+            is_around &= np.all(point >= -np.array(self.half_size), axis=1)
+            voxels.append(np.flatnonzero(is_around))
+            points.append(point[is_around])
+        return np.concatenate(voxels), np.concatenate(points)
 
     def is_absent(self) -> np.ndarray:
         """Which points symmetry forbids to have a peak, in C order, shape (n,)."""

@@ -164,7 +164,21 @@ class SpotMoments:
 
 
 def spot_moments(spots: Spots) -> SpotMoments:
-    """Moments of the spots under weights of the median width of their shell."""
+    """Moments of the spots under weights of the median width of their shell.
+
+    Spots without any are left out (``with_moments``).
+    """
+    return with_moments(spots)[1]
+
+
+def with_moments(spots: Spots) -> tuple[Spots, SpotMoments]:
+    """The spots that have moments, and these."""
+    moments = _all_moments(spots)
+    good = np.isfinite(moments.moment).all(axis=1)
+    return spots.select(good), moments.select(good)
+
+
+def _all_moments(spots: Spots) -> SpotMoments:
     shell = shells_of(spots.s)
     # a weight narrower than the pixels would see but one of them
     least = pixel_size(spots) ** 2
@@ -180,9 +194,7 @@ def spot_moments(spots: Spots) -> SpotMoments:
         v = np.maximum(v, least)
     used = v[shell]
     centre, m = moments(spots, used)
-    good = np.isfinite(m).all(axis=1)
-    result = SpotMoments(spots.s, centre, m, used, spots.offset, spots.sweep, net)
-    return result.select(good)
+    return SpotMoments(spots.s, centre, m, used, spots.offset, spots.sweep, net)
 
 
 def _line(s2: np.ndarray, v: np.ndarray) -> tuple[float, float]:

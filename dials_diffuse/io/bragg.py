@@ -1,52 +1,162 @@
-"""Bragg intensities on the scale of the diffuse map, as a DIALS reflection table."""
+"""Bragg intensities on the scale of the diffuse map, as a DIALS reflection table.
+
+The table is written block by block: the columns are kept in temporary files beside it,
+and joined when it is closed, in the msgpack layout of DIALS (version 1, which 3.12 to
+3.30 read; ``dials/array_family/reflection_table_msgpack_adapter.h``). DIALS 3.12 reads no
+tables in HDF5, and its own writer needs the whole of them in memory.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+import struct
+import tempfile
+from pathlib import Path
+from typing import IO, Callable, NamedTuple
 
 import numpy as np
 
-from dxtbx import flumpy
 from dxtbx.model.experiment_list import ExperimentList
 
 from dials.array_family import flex
 from dials_diffuse.bragg.sums import PeakIntensities
-from dials_diffuse.util.compat import miller_index_from_numpy
 
 
-def reflection_table(
-    peaks: PeakIntensities, experiments: ExperimentList
-) -> flex.reflection_table:
-    """The table of some Bragg intensities.
+class Column(NamedTuple):
+    """Name that DIALS has for a column's type, numpy's, and where the values are."""
 
-    ``intensity.sum.value`` is |F|² in the unit of the map; it needs no Lorentz or
-    polarization correction. ``partiality`` is 1 where the peak is complete, else 0, and
-    ``normalisation`` the weight of means over stills.
+    kind: str
+    dtype: str
+    values: Callable[[PeakIntensities], np.ndarray]
+
+
+def _flags(peaks: PeakIntensities) -> np.ndarray:
+    return np.full(len(peaks.id), int(flex.reflection_table.flags.integrated_sum))
+
+
+# ``intensity.sum.value`` is |F|² in the unit of the map; it needs no Lorentz or
+# polarization correction. ``partiality`` is 1 where the peak is complete, else 0, and
+# ``normalisation`` the weight of means over stills.
+COLUMNS: dict[str, Column] = {
+    "miller_index": Column("cctbx::miller::index<>", "<i4", lambda p: p.hkl),
+    "id": Column("int", "<i4", lambda p: p.id),
+    "panel": Column("std::size_t", "<u8", lambda p: p.panel),
+    "intensity.sum.value": Column("double", "<f8", lambda p: p.intensity),
+    "intensity.sum.variance": Column("double", "<f8", lambda p: p.variance),
+    "background.sum.value": Column("double", "<f8", lambda p: p.background),
+    "normalisation": Column("double", "<f8", lambda p: p.weight),
+    "partiality": Column("double", "<f8", lambda p: p.complete),
+    "num_pixels.foreground": Column("int", "<i4", lambda p: p.n_pixels),
+    "xyzobs.px.value": Column("vec3<double>", "<f8", lambda p: p.xyz),
+    "flags": Column("std::size_t", "<u8", _flags),
+}
+
+
+class BraggWriter:
+    """Writes Bragg intensities block by block.
+
+    Args:
+        path: File to make; pass the path of ``atomic_path``.
+        experiments: The experiments that the ids count.
+
+    Attributes:
+        n_rows: Number of peaks so far.
     """
-    table = flex.reflection_table()
-    table["miller_index"] = miller_index_from_numpy(peaks.hkl)
-    table["id"] = flumpy.from_numpy(peaks.id.astype(np.int32))
-    table["panel"] = flex.size_t(map(int, peaks.panel))
-    for name, column in (
-        ("intensity.sum.value", peaks.intensity),
-        ("intensity.sum.variance", peaks.variance),
-        ("background.sum.value", peaks.background),
-        ("normalisation", peaks.weight),
-        ("partiality", peaks.complete.astype(float)),
-    ):
-        table[name] = flumpy.from_numpy(np.ascontiguousarray(column, dtype=float))
-    table["num_pixels.foreground"] = flumpy.from_numpy(peaks.n_pixels.astype(np.int32))
-    xyz = np.ascontiguousarray(peaks.xyz, dtype=float)
-    table["xyzobs.px.value"] = flumpy.vec_from_numpy(xyz)
-    table["flags"] = flex.size_t(len(peaks.id), 0)
-    table.set_flags(flex.bool(len(peaks.id), True), table.flags.integrated_sum)
-    for number, experiment in enumerate(experiments):
-        table.experiment_identifiers()[number] = experiment.identifier
-    return table
+
+    def __init__(self, path: str | os.PathLike, experiments: ExperimentList) -> None:
+        self._path = Path(path)
+        self._identifiers = [e.identifier for e in experiments]
+        self._open = contextlib.ExitStack()
+        self._parts: dict[str, IO[bytes]] = {
+            name: self._open.enter_context(
+                tempfile.TemporaryFile(dir=self._path.parent)
+            )
+            for name in COLUMNS
+        }
+        self.n_rows = 0
+
+    def append(self, peaks: PeakIntensities) -> None:
+        """Append some peaks."""
+        for name, column in COLUMNS.items():
+            values = np.ascontiguousarray(column.values(peaks), dtype=column.dtype)
+            self._parts[name].write(values.tobytes())
+        self.n_rows += len(peaks.id)
+
+    def close(self) -> None:
+        """Join the columns to the table.
+
+        Raises:
+            ValueError: A column is larger than such a table can hold.
+        """
+        with self._open, open(self._path, "wb") as table:
+            table.write(self._head())
+            for name, part in self._parts.items():
+                size = part.tell()
+                if size >= 1 << 32:
+                    raise ValueError(
+                        f"{self.n_rows} Bragg peaks are more than a reflection table "
+                        "can hold: use output.bragg=None, or fewer images"
+                    )
+                # an array of the type and of the column: number of rows and their bytes
+                table.write(_text(name) + _array(2) + _text(COLUMNS[name].kind))
+                table.write(_array(2) + _number(self.n_rows) + _bytes_head(size))
+                part.seek(0)
+                shutil.copyfileobj(part, table)
+
+    def _head(self) -> bytes:
+        """All that stands before the first column."""
+        identifiers = b"".join(
+            _number(i) + _text(name) for i, name in enumerate(self._identifiers)
+        )
+        return b"".join(
+            (
+                _array(3) + _text("dials::af::reflection_table") + _number(1) + _map(3),
+                _text("identifiers") + _map(len(self._identifiers)) + identifiers,
+                _text("nrows") + _number(self.n_rows),
+                _text("data") + _map(len(COLUMNS)),
+            )
+        )
+
+    def __enter__(self) -> BraggWriter:
+        return self
+
+    def __exit__(self, exc_type: type | None, *args: object) -> None:
+        if exc_type is None:
+            self.close()
+        else:
+            self._open.close()
+
+
+# msgpack: a byte for the type, the length or the value (big-endian), the contents. The
+# longest form of each type, which every reader takes.
+
+
+def _array(n: int) -> bytes:
+    return b"\xdd" + struct.pack(">I", n)
+
+
+def _map(n: int) -> bytes:
+    return b"\xdf" + struct.pack(">I", n)
+
+
+def _number(value: int) -> bytes:
+    return b"\xcf" + struct.pack(">Q", value)
+
+
+def _text(value: str) -> bytes:
+    encoded = value.encode()
+    return b"\xdb" + struct.pack(">I", len(encoded)) + encoded
+
+
+def _bytes_head(n: int) -> bytes:
+    return b"\xc6" + struct.pack(">I", n)
 
 
 def write_bragg(
     path: str | os.PathLike, peaks: PeakIntensities, experiments: ExperimentList
 ) -> None:
-    """Write Bragg intensities; pass the path of ``atomic_path``."""
-    reflection_table(peaks, experiments).as_file(os.fspath(path))
+    """Write Bragg intensities that are at hand; pass the path of ``atomic_path``."""
+    with BraggWriter(path, experiments) as writer:
+        writer.append(peaks)

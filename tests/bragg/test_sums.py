@@ -31,12 +31,15 @@ from dials_diffuse.bragg.points import PointGrid, is_absent
 from dials_diffuse.bragg.sums import (
     PeakIntensities,
     add_surroundings,
+    exclusion_regions,
+    peak_intensities,
+    surroundings,
     swept_volume,
 )
 from dials_diffuse.extraction.extract import extract
 from dials_diffuse.extraction.loop import SUMS
 from dials_diffuse.extraction.reference import make_grid
-from dials_diffuse.extraction.settings import BraggSettings
+from dials_diffuse.extraction.settings import BraggSettings, ExtractionSettings
 from dials_diffuse.geometry.directions import lab_coordinates
 from dials_diffuse.geometry.orientation import rotation_axis
 from dials_diffuse.grid import Grid
@@ -115,6 +118,110 @@ def test_surroundings_are_those_of_the_same_cell():
     found = rows.copy()
     add_surroundings(found, points)
     assert found["background"][3] == pytest.approx(1.0 + 2.0 * 940.0 / 20.0)
+
+
+def test_voxels_half_way_are_around_both_points():
+    points = PointGrid(GRID)  # ndiv 3, 2, 4
+    index = np.array([[3, 1, 0], [3, 1, 2], [4, 2, 3]])
+    voxel, hkl = points.around(index)
+    found = [hkl[voxel == i].tolist() for i in range(3)]
+    assert sorted(found[0]) == [[1, 0, 0], [1, 1, 0]]
+    assert sorted(found[1]) == [[1, 0, 0], [1, 0, 1], [1, 1, 0], [1, 1, 1]]
+    assert found[2] == [[1, 1, 1]]
+
+
+def test_every_voxel_is_around_the_nearest_points():
+    points = PointGrid(GRID)
+    index = GRID.index(np.arange(np.prod(GRID.shape)))
+    voxel, hkl = points.around(index)
+    assert len(np.unique(np.column_stack([voxel, hkl]), axis=0)) == len(voxel)
+    assert np.all(np.abs(hkl) <= points.half_size)
+    offset = index[voxel] / np.array(GRID.ndiv) - hkl
+    assert np.abs(offset).max() == 0.5
+    np.testing.assert_array_equal(np.unique(voxel), np.arange(len(index)))
+
+
+@pytest.mark.parametrize("gain", [1.0, 3.0])
+@pytest.mark.parametrize("tau", [0.0, 0.3])
+def test_variance_is_that_of_one_more_voxel(tau, gain):
+    """Intensities that vary by tau, counts of some gain: pulls of what is below peaks.
+
+    The last of the voxels is the peak, without any Bragg intensity.
+    """
+    rng = np.random.default_rng(11)
+    n_cells, n_around = 4000, 8
+    m = rng.uniform(20, 40, (n_cells, n_around + 1))
+    level = rng.uniform(0.5, 5.0, (n_cells, 1))
+    intensity = level * (1 + tau * rng.uniform(-(3**0.5), 3**0.5, m.shape))
+    counts = gain * rng.poisson(intensity * m / gain)
+    cell = np.repeat(np.arange(n_cells), n_around)
+    voxels = np.zeros(len(cell), dtype=SUMS)
+    voxels["counts"], voxels["normalisation"] = (
+        counts[:, :-1].ravel(),
+        m[:, :-1].ravel(),
+    )
+    mean, noise, spread = surroundings(voxels, cell, n_cells)
+    m_peak, n_peak = m[:, -1], counts[:, -1]
+
+    def pulls(variance):
+        return (n_peak - mean * m_peak) / np.sqrt(n_peak + 1 + variance * m_peak**2)
+
+    found, counting = np.std(pulls(noise + spread)), np.std(pulls(noise))
+    report(f"surroundings, tau {tau}, gain {gain}", rms=found, counting=counting)
+    assert 0.85 < found < 1.15
+    assert np.mean(pulls(noise + spread) < -3) < 0.01
+    if tau or gain > 1:
+        assert counting > 1.3
+
+
+def test_one_voxel_alone_takes_the_spread_of_the_others():
+    rows = np.concatenate([row(0, n, 1.0) for n in (90.0, 110.0, 80.0, 120.0, 400.0)])
+    mean, noise, spread = surroundings(rows, np.array([0, 0, 1, 1, 2]), 4)
+    np.testing.assert_allclose(mean[:3], [100, 100, 400])
+    np.testing.assert_allclose(noise[:3], [50, 50, 400])
+    # Q - Q0 = 200 - 100 and 800 - 100; the largest is left out of the pool; D = 1
+    assert spread[2] == pytest.approx(100 / 100**2 * 400**2 * 2)
+    assert spread[0] == pytest.approx(100 * 1.5)
+    assert np.isnan(mean[3])
+
+
+def test_parts_of_whole_points_give_what_all_rows_give():
+    """So that the rows can be summed slab by slab."""
+    models = {"beam": make_beam(), "detector": make_detector(2)}
+    sweep = Experiment(
+        **models,
+        crystal=make_crystal(),
+        goniometer=make_goniometer(),
+        scan=make_scan(20),
+        identifier="sweep",
+    )
+    still = Experiment(**models, crystal=make_crystal(seed=8), identifier="still")
+    experiments = ExperimentList([still, sweep])
+    grid = Grid(sweep.crystal.get_unit_cell().parameters(), (2, 2, 2), "P 1", d_min=5.0)
+    settings = ExtractionSettings(d_min=5.0)
+    points = PointGrid(grid)
+    rng = np.random.default_rng(7)
+    n = 600
+    rows = np.zeros(n, dtype=SUMS)
+    rows["key"] = np.sort(points.n_voxels + rng.integers(0, 60, n))
+    rows["id"], rows["panel"] = rng.integers(0, 2, (2, n))
+    rows["n_pixels"] = rng.integers(1, 9, n)
+    rows["counts"] = rng.poisson(50, n)
+    rows["normalisation"] = rng.uniform(1, 2, n)
+    for axis in "xyz":
+        rows[axis] = rng.uniform(0, 20, n) * rows["n_pixels"]
+    regions = exclusion_regions(experiments, grid, settings)
+    whole = peak_intensities(rows, experiments, grid, settings, regions)
+    cuts = np.searchsorted(rows["key"], points.n_voxels + np.array([0, 11, 12, 40]))
+    parts = [
+        peak_intensities(part, experiments, grid, settings, regions)
+        for part in np.split(rows, cuts)
+    ]
+    assert 100 < len(whole.id) < n
+    assert np.all(np.diff(points.key(whole.hkl)) >= 0)
+    for field in dataclasses.fields(PeakIntensities):
+        together = np.concatenate([getattr(part, field.name) for part in parts])
+        np.testing.assert_array_equal(together, getattr(whole, field.name))
 
 
 def seen_volume(s: tuple[float, float], axis_to_beam: float, wavelength: float):
@@ -328,3 +435,28 @@ def test_errors_of_intensities_are_those_of_counting(images, tmp_path):
     assert noisy.ratio() == pytest.approx(1.0, abs=0.02)
     assert abs(np.mean(pulls)) < 0.2
     assert 0.85 < np.std(pulls) < 1.15
+
+
+@pytest.mark.slow
+def test_halos_are_in_the_errors(tmp_path):
+    """Halos without peaks: what they pretend to be peaks is less sure than counting says.
+
+    The halo under a peak is higher than around it, which biases |F|² and is beyond any
+    variance; but its slope around the peak shows how far the background may be off.
+    """
+    settings = vary(
+        STILLS,
+        n_images=30,
+        scan={"width": 7.0},
+        bragg={"on": False},
+        diffuse={"halo_displacement": 0.8, "halo_length": 20.0},
+    )
+    halos = Images(settings)
+    peaks, _, _ = halos.peaks(tmp_path, flux=0.3)
+    pulls = peaks.intensity / np.sqrt(peaks.variance)
+    low = np.mean(pulls < -3)
+    report(
+        "Bragg of halos alone", below_3_sigma=low, rms_pull=np.sqrt(np.mean(pulls**2))
+    )
+    assert low < 0.005
+    assert np.sqrt(np.mean(pulls**2)) < 20  # 107 by counting alone

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ from dxtbx.model.experiment_list import ExperimentList
 import dials.command_line.show
 from dials.array_family import flex
 from dials_diffuse.bragg.sums import PeakIntensities
-from dials_diffuse.io.bragg import reflection_table, write_bragg
+from dials_diffuse.io.bragg import COLUMNS as WRITTEN
+from dials_diffuse.io.bragg import BraggWriter, write_bragg
 from dials_diffuse.util.compat import miller_index_to_numpy
 from dials_diffuse.util.files import atomic_path
 
@@ -112,9 +114,7 @@ def test_no_peaks_make_an_empty_table(tmp_path):
     }
     table = written(tmp_path, PeakIntensities(**nothing))
     assert len(table) == 0
-    assert list(table.keys()) == list(
-        reflection_table(some_peaks(), some_experiments()).keys()
-    )
+    assert set(table.keys()) == set(WRITTEN)
 
 
 def test_dials_show_shows_it(tmp_path, capsys, monkeypatch):
@@ -129,11 +129,66 @@ def test_dials_show_shows_it(tmp_path, capsys, monkeypatch):
     assert f"{low:.1f}" in text
 
 
-@pytest.mark.parametrize("n", [1, N])
-def test_values_are_copied(n):
-    """A table must not change with the arrays that it was made of."""
-    peaks = some_peaks(n)
-    table = reflection_table(peaks, some_experiments())
-    before = flumpy.to_numpy(table["intensity.sum.value"]).copy()
-    peaks.intensity[:] = -1.0
-    np.testing.assert_array_equal(flumpy.to_numpy(table["intensity.sum.value"]), before)
+def parts_of(peaks: PeakIntensities, *limits: int) -> list[PeakIntensities]:
+    return [
+        PeakIntensities(
+            **{
+                field.name: getattr(peaks, field.name)[start:stop]
+                for field in dataclasses.fields(PeakIntensities)
+            }
+        )
+        for start, stop in zip((0, *limits), (*limits, len(peaks.id)))
+    ]
+
+
+def test_parts_make_the_same_file_as_the_whole(tmp_path):
+    peaks = some_peaks(50)
+    write_bragg(tmp_path / "whole.refl", peaks, some_experiments())
+    with BraggWriter(tmp_path / "parts.refl", some_experiments()) as writer:
+        for part in parts_of(peaks, 0, 13, 14, 14, 40):
+            writer.append(part)
+        assert writer.n_rows == 50
+    whole, parts = (tmp_path / name for name in ("whole.refl", "parts.refl"))
+    assert whole.read_bytes() == parts.read_bytes()
+    assert sorted(tmp_path.iterdir()) == [parts, whole]  # nothing is left beside them
+
+
+def test_dials_writes_the_same_table(tmp_path):
+    """What DIALS makes of the table that it has read is equal, column by column."""
+    table = written(tmp_path, some_peaks())
+    table.as_file(str(tmp_path / "again.refl"))
+    again = flex.reflection_table.from_file(str(tmp_path / "again.refl"))
+    assert set(again.keys()) == set(table.keys()) == set(WRITTEN)
+    for name in WRITTEN:
+        assert type(again[name]) is type(table[name])
+        assert list(again[name]) == list(table[name])
+    assert isinstance(table["panel"], flex.size_t)
+    assert isinstance(table["miller_index"], flex.miller_index)
+
+
+def test_only_the_part_at_hand_is_held(tmp_path):
+    """Memory does not grow with the number of the parts."""
+    part = some_peaks(2000)
+    size = sum(
+        np.asarray(column.values(part), column.dtype).nbytes
+        for column in WRITTEN.values()
+    )
+    tracemalloc.start()
+    try:
+        with BraggWriter(tmp_path / "b.refl", some_experiments()) as writer:
+            for _ in range(50):
+                writer.append(part)
+        held = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "b.refl").stat().st_size > 50 * size
+    # the part, and the megabyte in which files are copied
+    assert held < 5 * size + 2_000_000 < 50 * size
+
+
+def test_a_table_that_fails_leaves_nothing(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        with BraggWriter(tmp_path / "b.refl", some_experiments()) as writer:
+            writer.append(some_peaks())
+            raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []

@@ -50,6 +50,8 @@ SETTINGS = vary(
     grid={"ndiv": (6, 6, 6)},
 )
 
+STRONG_HALOS = 0.8  # rms displacement, Å
+
 
 def true_ellipsoid(cell: uctbx.unit_cell, shape: PeakShape, grid: Grid) -> Ellipsoid:
     """The region that holds 99.9 % of the peaks."""
@@ -78,11 +80,20 @@ def counts(path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mosaicity", [0.02, 0.3])
-def test_fitted_exclusion(tmp_path, mosaicity):
+@pytest.mark.parametrize(
+    "mosaicity, displacement",
+    [
+        (0.02, 0.25),
+        (0.3, 0.25),
+        # strong halos, of which many spots consist
+        pytest.param(0.02, STRONG_HALOS, id="halos"),
+    ],
+)
+def test_fitted_exclusion(tmp_path, mosaicity, displacement):
     peaks = {"on": True, "mosaicity": mosaicity, "sigma": 0.0012}
-    simulation = Simulation(vary(SETTINGS, bragg=peaks))
-    without = Simulation(vary(SETTINGS, bragg={**peaks, "on": False}))
+    with_halos = vary(SETTINGS, diffuse={"halo_displacement": displacement})
+    simulation = Simulation(vary(with_halos, bragg=peaks))
+    without = Simulation(vary(with_halos, bragg={**peaks, "on": False}))
     series = simulation.series[0]
     photons = [simulation.photons(series, i) for i in range(series.n_images)]
     rng = np.random.default_rng(7)
@@ -128,7 +139,7 @@ def test_fitted_exclusion(tmp_path, mosaicity):
     m = {name: maps["none", name]["normalisation"].sum() for name in regions}
     lost = (n["true"] - n["fitted"]) / n["no"]
     report(
-        f"fitted exclusion, mosaicity {mosaicity}",
+        f"fitted exclusion, mosaicity {mosaicity}, halos of {displacement} A",
         bragg_to_diffuse=bragg / diffuse,
         left_of_bragg=f"{left['fitted'] / bragg:.4%}",
         by_true_region=f"{left['true'] / bragg:.4%}",
@@ -138,6 +149,7 @@ def test_fitted_exclusion(tmp_path, mosaicity):
         pixels_used=f"{m['fitted'] / m['no']:.2%} (true region {m['true'] / m['no']:.2%})",
         sigma=fit.sigma,
         spread=fit.mosaic_spread,
+        mostly_halo=f"{fit.n_halos} of {fit.n_halos + fit.n_peaks} spots",
     )
     assert left["fitted"] < 1e-3 * bragg < left["half"] / 20  # negative control
     assert left["fitted"] < 0.002 * maps["none", "fitted"]["counts"].sum()

@@ -1,0 +1,1 @@
+``dials.diffuse_extract``: With ``bragg.exclusion=auto`` the ellipsoid is fitted to the sharp cores of the spots, without the diffuse halos around them, and the variances in ``bragg.refl`` hold how much the diffuse scattering around each peak differs from voxel to voxel.
