@@ -39,6 +39,7 @@ import libtbx.phil
 from dxtbx.model.experiment_list import ExperimentList
 
 import dials.util
+from dials.util import tabulate
 from dials.util.options import ArgumentParser, flatten_experiments
 from dials_diffuse.io.inputs import check_identifiers
 from dials_diffuse.io.maps import read_map
@@ -53,7 +54,7 @@ from dials_diffuse.scaling.apply import count, flag_outliers, scaled_rows
 from dials_diffuse.scaling.block import ImageRange, RowReader
 from dials_diffuse.scaling.models import scaling_models
 from dials_diffuse.scaling.scale import Scaling, scale
-from dials_diffuse.scaling.selection import agreement, parse_excluded
+from dials_diffuse.scaling.selection import agreement, gains, parse_excluded
 from dials_diffuse.util.command import (
     errors_in_one_line,
     load_phil,
@@ -182,6 +183,21 @@ def log_result(scaling: Scaling, experiments: ExperimentList) -> None:
         scales.max(),
         np.sqrt(np.mean((scales - 1) ** 2)),
     )
+    if scaling.refiner is not None:
+        found = gains(scaling.refiner, len(scales))
+        rows = [
+            (
+                f"without {name}" if name else "all terms",
+                f"{g.chi_square:.3f}",
+                f"{g.cc:.3f}",
+            )
+            for name, g in found.items()
+        ]
+        header = ["", "χ² per degree\nof freedom", "mean CC\nwith the rest"]
+        logger.info(
+            "\nWhat each term contributes, the others as refined:\n%s",
+            tabulate(rows, header),
+        )
     for name, reason in scaling.dropped.items():
         logger.info("Without the term %s: %s", name, reason)
 
@@ -215,6 +231,7 @@ def write_output(
                 "dials.diffuse_scale",
             )
         )
+        writer.error_model = tuple(scaling.error_model.parameters)
         n_outliers = count(scaled_rows(reader, scaling, outliers), writer.append)
         logger.info(
             "%d of %d observations are outliers (%.3f%%)",

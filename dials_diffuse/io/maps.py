@@ -50,12 +50,17 @@ SUM_COLUMNS: dict[str, Column] = {
     "background": Column("float64", 1, "photons", "sum of the background B"),
     "background_variance": Column("float64", 1, "photons^2", "variance V of B"),
     "normalisation": Column("float64", 1, "s.sr", "sum of scale x normalisation M"),
+    "fractional": Column(
+        "float64", 1, "s^2.sr^2", "sum F of (b x scale x normalisation)^2, error model"
+    ),
     "n_pixels": Column("int64", 1, "1", "number of pixels"),
     "n_obs": Column(
         "int32", 1, "1", "number of observations (voxels seen by one experiment)"
     ),
     "intensity": Column("float64", 1, INTENSITY, "(N - B)/M"),
-    "sigma": Column("float64", 1, INTENSITY, "sqrt(N' + V)/M, N' expected counts"),
+    "sigma": Column(
+        "float64", 1, INTENSITY, "a sqrt(N' + V + F I^2)/M, N' expected counts"
+    ),
 }
 
 ASU_COLUMNS: dict[str, Column] = {

@@ -98,6 +98,7 @@ class ObservationWriter:
     ) -> None:
         self.grid = grid
         self.columns = columns
+        self.error_model: tuple[float, float] | None = None  # a and b, of scaling
         self.n_rows = 0
         self._last_key = -1
         self._slab_starts: list[int] = []
@@ -151,6 +152,8 @@ class ObservationWriter:
         starts = np.array([*self._slab_starts, self.n_rows], dtype=np.int64)
         self._file[ROOT].create_dataset("slab_start", data=starts)
         self._group.attrs["num_reflections"] = self.n_rows
+        if self.error_model is not None:
+            self._file[ROOT].attrs["error_model"] = self.error_model
         self._output.close()
 
     def __enter__(self) -> ObservationWriter:
@@ -186,6 +189,7 @@ class ObservationFile(HDF5Input):
         )
         self.identifiers: dict[int, str] = dict(zip(map(int, ids), map(str, names)))
         self.columns: tuple[str, ...] = tuple(self._group)
+        self.error_model = tuple(map(float, root.attrs.get("error_model", (1.0, 0.0))))
         self.n_rows: int = len(self._group["id"])
 
     def slabs(self, max_rows: int = 2_000_000) -> Iterator[tuple[int, int]]:

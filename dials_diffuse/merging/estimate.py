@@ -1,9 +1,10 @@
 """Intensity of a voxel and its variance, from the sums of its observations.
 
-    I = (N - B) / M        var I = (N' + V) / M²
+    I = (N - B) / M        var I = a² (N' + V + F I²) / M²
 
 with the counts N (photons), the background B and its variance V, and the normalisation
-M. Sums of counts are Poisson distributed however few they are, so I is unbiased; no
+M. The error model of scaling gives a, and F = Σ (b M)² over the observations; without it
+a = 1 and F = 0. Sums of counts are Poisson distributed however few they are, so I is unbiased; no
 single count ever serves as a weight.
 
 N' stands for the expected counts, of which N is an estimate, and a useless one near
@@ -98,13 +99,19 @@ def sigma(
     background_variance: np.ndarray,
     normalisation: np.ndarray,
     rate: np.ndarray,
+    scatter: np.ndarray | float = 0.0,
+    a: float = 1.0,
 ) -> np.ndarray:
-    """Standard error of the intensity, √(N' + V) / M, and NaN where M is zero.
+    """Standard error of the intensity, a √(N' + V + F I²) / M, and NaN where M is zero.
 
     Args:
         rate: ``shell_rate`` of the shell in which the voxel lies.
+        scatter: F I², photons².
+        a: Of the error model.
     """
     observed = normalisation > 0
     m = np.where(observed, normalisation, 1.0)
     n = expected_counts(counts, m * rate)
-    return np.where(observed, np.sqrt(n + background_variance) / m, np.nan)
+    return np.where(
+        observed, a * np.sqrt(n + background_variance + scatter) / m, np.nan
+    )

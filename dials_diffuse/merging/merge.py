@@ -23,6 +23,7 @@ from dials_diffuse.merging import estimate, sums
 from dials_diffuse.merging.observations import (
     ObservationTable,
     check_tables,
+    error_model,
     read_observations,
 )
 from dials_diffuse.merging.statistics import (
@@ -99,7 +100,7 @@ def merge(
     voxels = sums.unique_voxels(grid)
     numbers = sums.number_voxels(grid, voxels)
     observed = sum_observations(tables, voxels, numbers, settings, store)
-    mean = estimate_intensities(grid, store)
+    mean = estimate_intensities(grid, store, max(error_model(t).a for t in tables))
     statistics = compare_halves(grid, voxels, mean, settings.n_shells, store)
     write_tables(statistics, mean, store)
     renumber(numbers, observed, len(voxels))
@@ -206,12 +207,15 @@ def mean_rate(grid: Grid, store: VoxelStore) -> np.ndarray:
     return estimate.shell_rate(shells.total["counts"], shells.total["normalisation"])
 
 
-def estimate_intensities(grid: Grid, store: VoxelStore) -> IsotropicMean:
+def estimate_intensities(
+    grid: Grid, store: VoxelStore, a: float = 1.0
+) -> IsotropicMean:
     """Form the intensities and errors of the map and its halves from their sums.
 
     Args:
         grid: The grid.
         store: Has the sums, gets the intensities and errors.
+        a: Of the error model of scaling.
 
     Returns:
         Mean of the three intensities in shells of 0.01 Å⁻¹.
@@ -225,9 +229,15 @@ def estimate_intensities(grid: Grid, store: VoxelStore) -> IsotropicMean:
         result = {}
         for p in prefixes:
             n, m = block[p + "counts"], block[p + "normalisation"]
-            result[p + "intensity"] = estimate.intensity(n, block[p + "background"], m)
+            intensity = estimate.intensity(n, block[p + "background"], m)
+            result[p + "intensity"] = intensity
             result[p + "sigma"] = estimate.sigma(
-                n, block[p + "background_variance"], m, rate[estimate.thin_shell(s)]
+                n,
+                block[p + "background_variance"],
+                m,
+                rate[estimate.thin_shell(s)],
+                block[p + "fractional"] * np.maximum(intensity, 0) ** 2,
+                a,
             )
         store.update(start, result)
         mean.add(s, result)

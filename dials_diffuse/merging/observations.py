@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import Iterator, Mapping, Protocol, Sequence
+from typing import Iterator, Mapping, NamedTuple, Protocol, Sequence
 
 import numpy as np
 
@@ -108,7 +108,9 @@ def read_observations(
             if len(rows["id"]) == 0:
                 continue
             observations = sums.group_observations(
-                rows["miller_index"], rows["id"], _sums_of_rows(rows)
+                rows["miller_index"],
+                rows["id"],
+                _sums_of_rows(rows, error_model(table).b),
             )
             experiment = lookup(hashes, observations.experiment, table.path)
             if half_split == "experiments":
@@ -174,7 +176,19 @@ def usable_rows(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: values[usable] for name, values in rows.items()}
 
 
-def _sums_of_rows(rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+class Scatter(NamedTuple):
+    """Scatter beyond that of counting: a² (var + (b x I)²)."""
+
+    a: float = 1.0
+    b: float = 0.0
+
+
+def error_model(table: ObservationTable) -> Scatter:
+    """The error model that scaling has left in a table."""
+    return Scatter(*getattr(table, "error_model", ()))
+
+
+def _sums_of_rows(rows: Mapping[str, np.ndarray], b: float) -> dict[str, np.ndarray]:
     """The sums of each row, on the scale of the map.
 
     A scaled row obeys (N - B)/M = g I + b with the inverse scale factor g and the
@@ -190,5 +204,6 @@ def _sums_of_rows(rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         "background": background,
         "background_variance": rows["background.sum.variance"],
         "normalisation": normalisation,
+        "fractional": (b * normalisation) ** 2,
         "n_pixels": rows["num_pixels.valid"],
     }

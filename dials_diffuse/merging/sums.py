@@ -20,8 +20,15 @@ import numpy as np
 from dials_diffuse.grid import Grid
 from dials_diffuse.merging.expansion import expand_to_p1
 
-# What is summed for each half: photons, photons, photons^2, s.sr, numbers.
-SUMS = ("counts", "background", "background_variance", "normalisation", "n_pixels")
+# What is summed for each half: photons, photons, photons^2, s.sr, (s.sr)^2, numbers.
+SUMS = (
+    "counts",
+    "background",
+    "background_variance",
+    "normalisation",
+    "fractional",
+    "n_pixels",
+)
 
 # Unique voxels that are handled at once.
 VOXELS_PER_BLOCK = 1 << 20

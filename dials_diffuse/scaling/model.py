@@ -26,7 +26,16 @@ from dials_diffuse.scaling.terms import TERMS, Role, terms_phil
 COLOURS = "Viridis"
 
 
-terms_scope = phil.parse(terms_phil())
+def terms_scope() -> phil.scope:
+    """The parameters of all terms, for ``include scope``."""
+    return phil.parse(terms_phil())
+
+
+class _ModelScope:
+    """The attribute ``phil_scope`` of a class: with the terms that there are by then."""
+
+    def __get__(self, instance: object, owner: type) -> phil.scope:
+        return phil.parse(terms_phil() + base_model_phil_str)
 
 
 class DiffuseScalingModel(ScalingModelBase):
@@ -43,7 +52,7 @@ class DiffuseScalingModel(ScalingModelBase):
 
     id_ = "diffuse"
 
-    phil_scope = phil.parse(terms_phil() + base_model_phil_str)
+    phil_scope = _ModelScope()
 
     def __init__(
         self,
@@ -130,7 +139,8 @@ class DiffuseScalingModel(ScalingModelBase):
         for name, component in self.components.items():
             own = {axis.coordinate for axis in component.axes}
             result[name] = {
-                x: flumpy.from_numpy(np.asarray(found[x], dtype=float)) for x in own
+                x: flumpy.from_numpy(np.ascontiguousarray(found[x], dtype=float))
+                for x in own
             }
             result[name]["id"] = number
         return result

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import h5py
 import numpy as np
 import pytest
 
@@ -87,6 +88,39 @@ def test_merged_sums_equal_a_dictionary(write_observations, merge_files):
         )
     assert merged["counts"].sum() == rows["counts"].sum()
     assert merged["n_pixels"].sum() == rows["num_pixels.valid"].sum()
+
+
+def test_errors_follow_the_error_model_of_scaling(write_observations, merge_files):
+    rows = random_rows(GRID, 3000, np.random.default_rng(3))
+    rows["counts"] *= 1000  # bright, so that expected counts are those observed
+    _, refl = write_observations("a", GRID, rows)
+    _, path = merge_files(refl, name="counting.h5")
+    counting = read_map(path, list(ASU_COLUMNS))
+    a, b = 1.2, 0.05
+    with h5py.File(refl, "a") as file:
+        file["dials_diffuse"].attrs["error_model"] = (a, b)
+    _, path = merge_files(refl, name="scaled.h5")
+    scaled = read_map(path, list(ASU_COLUMNS))
+    np.testing.assert_array_equal(scaled["intensity"], counting["intensity"])
+    squares: dict[tuple, float] = {}
+    unique = symmetry.map_to_asu(rows["miller_index"], GRID.laue_group)
+    # The rows of a voxel and an experiment are one observation.
+    voxels = [(*h, *e) for h, e in zip(rows["miller_index"], rows["id"][:, None])]
+    sums: dict[tuple, float] = {}
+    for voxel, h, m in zip(voxels, map(tuple, unique), rows["normalisation"]):
+        sums[(h, voxel)] = sums.get((h, voxel), 0.0) + m**2
+    for (h, _), square in sums.items():
+        squares[h] = squares.get(h, 0.0) + square
+    expected = [
+        a * np.sqrt(sigma**2 + b**2 * squares[tuple(h)] * max(intensity, 0) ** 2 / m**2)
+        for h, sigma, intensity, m in zip(
+            counting["index"],
+            counting["sigma"],
+            counting["intensity"],
+            counting["normalisation"],
+        )
+    ]
+    np.testing.assert_allclose(scaled["sigma"], expected, rtol=1e-9)
 
 
 def test_result_does_not_depend_on_the_slabs(
