@@ -11,8 +11,12 @@ compared with its surroundings and resolution ring in the same image: hot, dead,
 flickering and unstable pixels. Bragg peaks and diffuse features move and do not matter,
 nor do the scales of the images.
 
+What is left out about Bragg positions differs from image to image and is no part of the
+mask. If there are crystals, the layer bragg shows it for one image of each detector, with
+the settings bragg.* of dials.diffuse_extract.
+
 The experiments may be imported, indexed, refined or integrated; a reflection table is
-not needed. For each detector there is a mask for the programs of DIALS and for
+not needed (but for bragg.exclusion=shoebox). For each detector there is a mask for the programs of DIALS and for
 dials.diffuse_extract; one file holds the layers. Look at their pictures in the report,
 that of the beam stop above all.
 
@@ -25,15 +29,21 @@ Examples::
   dials.diffuse_mask refined.expt beamstop.automatic=False \\
     untrusted.polygon=510,473,556,473,556,517,510,517
 
+  dials.diffuse_mask refined.expt bragg.semi_axes=0.15 sample.image=20
+
   dials.diffuse_extract refined.expt refined.refl mask=diffuse.mask
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import logging
 import os
-from typing import Any, Sequence
+from typing import Any, Iterator, Sequence
+
+import h5py
 
 import libtbx.phil
 
@@ -48,7 +58,8 @@ from dials_diffuse.io.inputs import (
     read_mask,
     write_mask,
 )
-from dials_diffuse.io.masks import DetectorMask, write_masks
+from dials_diffuse.io.masks import DetectorMask, ImageLayer, check_kind, write_masks
+from dials_diffuse.masks.bragg import BraggSample, bragg_layers, sample_images
 from dials_diffuse.masks.make import LAYERS, MadeMask, log_mask, make_mask
 from dials_diffuse.masks.series import Series, make_series
 from dials_diffuse.masks.settings import MaskSettings
@@ -109,6 +120,12 @@ def masks_of_files(params: Any, series: Sequence[Series]) -> list[list]:
     """
     result: list[list] = [[] for _ in series]
     for name in filter(None, params.mask):
+        check_kind(name)
+        if h5py.is_hdf5(name):
+            raise ValueError(
+                f"The mask {name} has layers, which are of no use here: give the .mask "
+                "that was written with it"
+            )
         masks = read_mask(name)
         refusals = []
         for own, target in zip(series, result):
@@ -135,7 +152,7 @@ def write_pictures(masks: Sequence[MadeMask], plots: str | None) -> list[dict]:
     """
     result = []
     for number, made in enumerate(masks, 1):
-        names = ["total", *layers_to_draw(made)[:-1]]
+        names = layers_to_draw(made)
         pictures = {name: draw_layer(made, name) for name in names}
         if plots:
             for name, content in pictures.items():
@@ -154,8 +171,32 @@ def write_text(path: str, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+@contextlib.contextmanager
+def collected_warnings() -> Iterator[list[str]]:
+    """The warnings that our stages log within it, each once, for the report."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+
+    def keep(record: logging.LogRecord) -> None:
+        message = record.getMessage().removeprefix("Warning: ")
+        if message not in messages:
+            messages.append(message)
+
+    handler.emit = keep
+    parent = logging.getLogger("dials.diffuse")
+    parent.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        parent.removeHandler(handler)
+
+
 def write_report(
-    params: Any, masks: Sequence[MadeMask], inputs: Sequence[str], written: list[str]
+    params: Any,
+    masks: Sequence[MadeMask],
+    inputs: Sequence[str],
+    written: list[str],
+    warnings: Sequence[str],
 ) -> list[dict[str, Any]]:
     """Write pictures, JSON and the HTML report, as far as they have names.
 
@@ -176,16 +217,36 @@ def write_report(
             "title": ", ".join(map(os.path.basename, inputs)),
             "versions": f"{dials_version()}, dials_diffuse {dials_diffuse.__version__}",
             "output": [*written, output.layers],
-            "warnings": [w for made in masks for w in made.warnings],
+            "warnings": list(warnings),
             "json": output.json,
+            "no_bragg": BraggSample.from_phil(params, 1).why_not_shown,
         }
         write_text(output.html, render_page(summaries, pictures, facts))
         logger.info("Report written to %s", output.html)
     return summaries
 
 
+def image_layers(made: MadeMask) -> dict[str, ImageLayer]:
+    """The layers of single images, as the file has them."""
+    bragg = made.bragg
+    if bragg is None:
+        return {}
+    layer = ImageLayer(
+        panels=bragg.panels,
+        identifier=bragg.experiment.identifier,
+        image=bragg.image,
+        file=bragg.path,
+        meaning=bragg.exclusion,
+    )
+    return {"bragg": layer}
+
+
 def write_output(
-    params: Any, masks: Sequence[MadeMask], phil: str, inputs: Sequence[str]
+    params: Any,
+    masks: Sequence[MadeMask],
+    phil: str,
+    inputs: Sequence[str],
+    warnings: Sequence[str],
 ) -> list[dict[str, Any]]:
     """Write the masks and the report; returns the figures of ``write_report``."""
     written = []
@@ -195,11 +256,13 @@ def write_output(
             write_mask(path, made.good)
         logger.info("Mask of detector %d written to %s", number, name)
         written.append(name)
-    detectors = [DetectorMask(m.identifiers, m.layers, LAYERS) for m in masks]
+    detectors = [
+        DetectorMask(m.identifiers, m.layers, LAYERS, image_layers(m)) for m in masks
+    ]
     with atomic_path(params.output.layers) as path:
         write_masks(path, detectors, phil, inputs)
     logger.info("Layers written to %s", params.output.layers)
-    return write_report(params, masks, inputs, written)
+    return write_report(params, masks, inputs, written, warnings)
 
 
 def process(params: Any, scope: libtbx.phil.scope) -> list[dict[str, Any]]:
@@ -215,20 +278,25 @@ def process(params: Any, scope: libtbx.phil.scope) -> list[dict[str, Any]]:
     inputs = [*names, *(item.filename for item in params.input.reflections)]
     check_output(params, [*inputs, *filter(None, params.mask)])
     settings = MaskSettings.from_phil(params, scope)
-    experiments = load_experiments(params.input.experiments)
-    load_reflections(params.input.reflections, experiments)  # only checked
-    series = make_series(experiments)
-    given = masks_of_files(params, series)
-    masks = []
-    for number, (own, files) in enumerate(zip(series, given), 1):
-        masks.append(make_mask(own, settings, files))
-        log_mask(masks[-1], number)
-    if not any(panel.any() for made in masks for panel in made.good):
-        raise ValueError(
-            "No pixel is left: check the shapes, the resolution limits, the trusted range "
-            "and the mask files"
-        )
-    return write_output(params, masks, scope.as_str(), inputs)
+    sample = BraggSample.from_phil(params, settings.nproc)
+    with collected_warnings() as warnings:
+        experiments = load_experiments(params.input.experiments)
+        reflections = load_reflections(params.input.reflections, experiments)
+        series = make_series(experiments)
+        sample_images(experiments, series, sample)  # refused before images are read
+        given = masks_of_files(params, series)
+        masks = [make_mask(own, settings, files) for own, files in zip(series, given)]
+        good = [made.good for made in masks]
+        if not any(panel.any() for panels in good for panel in panels):
+            raise ValueError(
+                "No pixel is left: check the shapes, the resolution limits, the trusted "
+                "range and the mask files"
+            )
+        layers = bragg_layers(experiments, series, reflections, good, sample)
+        masks = [dataclasses.replace(m, bragg=x) for m, x in zip(masks, layers)]
+        for number, made in enumerate(masks, 1):
+            log_mask(made, number)
+        return write_output(params, masks, scope.as_str(), inputs, warnings)
 
 
 def make_parser(phil: libtbx.phil.scope = phil_scope) -> ArgumentParser:

@@ -8,6 +8,9 @@ A NeXus file in which each detector is a group, and each panel one of its:
             panel_0 ...          NXcollection
                 mask             1 for good pixels, (n_slow, n_fast)
                 layers/<name>    1 for pixels that the layer masks
+            image_layers         NXcollection
+                <name>           NXcollection, a layer of one image, as bragg: no part
+                    panel_0 ...  of the mask; attributes say which image it is
         dials_diffuse            NXprocess   schema, program, version, PHIL
 
 The geometry is in the experiment list: the identifiers say whose it is.
@@ -31,8 +34,28 @@ from dials_diffuse.io.observations import ROOT, check_schema, write_provenance
 from dials_diffuse.util.hdf5 import HDF5Input, HDF5Output, damaged
 
 SCHEMA = 1
+HDF5_SUFFIXES = (".h5", ".hdf5", ".nxs")
 
 PanelArrays = Sequence[np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageLayer:
+    """A layer that belongs to one image, and is no part of the mask of the detector.
+
+    Attributes:
+        panels: Boolean arrays, (n_slow, n_fast), True for pixels left out.
+        identifier: Of the experiment of the image.
+        image: Number of the image, as in the scan.
+        file: File of the image.
+        meaning: What the layer leaves out.
+    """
+
+    panels: PanelArrays
+    identifier: str
+    image: int
+    file: str
+    meaning: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +67,13 @@ class DetectorMask:
         layers: Boolean arrays by panel, (n_slow, n_fast), True for masked pixels, for
             each layer.
         meanings: What the layers are, for those that need to be told.
+        image_layers: Layers of single images, by name.
     """
 
     identifiers: Sequence[str]
     layers: Mapping[str, PanelArrays]
     meanings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    image_layers: Mapping[str, ImageLayer] = dataclasses.field(default_factory=dict)
 
     @property
     def good(self) -> tuple[np.ndarray, ...]:
@@ -107,6 +132,21 @@ def _write_detector(group: h5py.Group, detector: DetectorMask) -> None:
         for name, panels in detector.layers.items():
             meaning = detector.meanings.get(name, f"1 for pixels masked as {name}")
             _write_array(layers, name, panels[number], meaning)
+    if detector.image_layers:
+        images = nexus_group(group, "image_layers", "NXcollection")
+        images.attrs["names"] = list(detector.image_layers)
+        for name, layer in detector.image_layers.items():
+            _write_image_layer(nexus_group(images, name, "NXcollection"), layer)
+
+
+def _write_image_layer(group: h5py.Group, layer: ImageLayer) -> None:
+    group.attrs["identifier"] = layer.identifier
+    group.attrs["image"] = layer.image
+    group.attrs["file"] = layer.file
+    group.attrs["meaning"] = layer.meaning
+    for number, panel in enumerate(layer.panels):
+        meaning = f"1 for pixels {layer.meaning} in this image; not in the mask"
+        _write_array(group, f"panel_{number}", panel, meaning)
 
 
 def _write_array(
@@ -137,10 +177,13 @@ class MaskFile(HDF5Input):
         self._detectors: list[h5py.Group] = []
         while (group := entry.get(f"detector_{len(self._detectors) + 1}")) is not None:
             self._detectors.append(group)
-        self.identifiers = [
-            [name.decode() for name in group["identifiers"][()]]
-            for group in self._detectors
-        ]
+        try:
+            self.identifiers = [
+                [name.decode() for name in group["identifiers"][()]]
+                for group in self._detectors
+            ]
+        except (AttributeError, TypeError) as e:  # no list of texts
+            raise ValueError(damaged(self.path, e)) from None
 
     def __len__(self) -> int:
         return len(self._detectors)
@@ -180,6 +223,38 @@ class MaskFile(HDF5Input):
                 f"{', '.join(self.layer_names(number))}"
             )
         return self._read(number, f"layers/{name}")
+
+    def image_layer_names(self, number: int = 0) -> list[str]:
+        """The names of the layers of a detector that belong to one image."""
+        group = self._detectors[number].get("image_layers")
+        return [] if group is None else list(map(str, group.attrs["names"]))
+
+    def image_layer(self, name: str, number: int = 0) -> ImageLayer:
+        """A layer that belongs to one image, as ``bragg``.
+
+        Raises:
+            ValueError: There is no such layer, or the file is damaged.
+        """
+        names = self.image_layer_names(number)
+        if name not in names:
+            raise ValueError(
+                f"{self.path} has no layer {name} of an image: it has "
+                f"{', '.join(names) or 'none'}"
+            )
+        group = self._detectors[number]["image_layers"][name]
+        n_panels = len(self._panels(number))
+        try:
+            return ImageLayer(
+                panels=tuple(
+                    group[f"panel_{i}"][()].astype(bool) for i in range(n_panels)
+                ),
+                identifier=str(group.attrs["identifier"]),
+                image=int(group.attrs["image"]),
+                file=str(group.attrs["file"]),
+                meaning=str(group.attrs["meaning"]),
+            )
+        except (KeyError, OSError) as e:
+            raise ValueError(damaged(self.path, e)) from None
 
     def _read(self, number: int, name: str) -> tuple[np.ndarray, ...]:
         try:
@@ -222,6 +297,32 @@ def masks_of_experiments(
     return result
 
 
+def check_kind(path: str) -> None:
+    """Refuse a file that cannot be a mask of either kind, before it is read as one.
+
+    Raises:
+        ValueError: It is empty, or should be HDF5 by its name or its beginning and
+            is not, or not to its end.
+    """
+    if not os.path.isfile(path):
+        return  # whoever reads it says so
+    found = None
+    if os.path.getsize(path) == 0:
+        found = "is empty"
+    elif h5py.is_hdf5(path):
+        try:
+            h5py.File(path, "r").close()
+        except OSError:
+            found = "is damaged or cut short"
+    elif os.path.splitext(path)[1].lower() in HDF5_SUFFIXES:
+        found = "is not HDF5 in spite of its name"
+    if found:
+        raise ValueError(
+            f"The mask {path} {found}: make it again with dials.diffuse_mask, or give a "
+            "mask of dials.generate_mask"
+        )
+
+
 def given_mask(path: str | None, experiments: ExperimentList) -> dict[str, Any]:
     """The mask that a user gives, in either kind of file, checked against experiments.
 
@@ -234,6 +335,7 @@ def given_mask(path: str | None, experiments: ExperimentList) -> dict[str, Any]:
     """
     if path is None:
         return {}
+    check_kind(path)
     if not h5py.is_hdf5(path):
         mask = read_mask(path)
         for detector in experiments.detectors():

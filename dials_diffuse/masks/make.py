@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 import numpy as np
 
-from dxtbx.model import Beam, Detector, Experiment
+from dxtbx.model import Beam, Detector
 
 from dials.util import tabulate
+from dials_diffuse.masks.bragg import BraggLayer
 from dials_diffuse.masks.dynamic import (
     FLICKER,
     MIN_IMAGES_HIGH,
@@ -23,9 +24,9 @@ from dials_diffuse.masks.series import Series, split
 from dials_diffuse.masks.settings import MaskSettings
 from dials_diffuse.masks.shadow import (
     MAX_FRACTION,
+    GoniometerShadow,
     find_beamstop,
     goniometer_shadow,
-    moving_shadows,
 )
 from dials_diffuse.masks.static import (
     file_masks,
@@ -34,6 +35,7 @@ from dials_diffuse.masks.static import (
     untrusted_rectangles,
 )
 from dials_diffuse.masks.statistics import PixelModel, PixelSums, sum_images
+from dials_diffuse.masks.unexposed import unexposed_areas, unexposed_hint
 
 logger = logging.getLogger("dials.diffuse.mask")
 
@@ -44,7 +46,7 @@ LAYERS: dict[str, str] = {
     "shapes": "border and untrusted shapes",
     "resolution": "beyond d_min or d_max, or in a resolution_range",
     "ice_rings": "in ice rings",
-    "goniometer": "in the shadow of the goniometer in every image",
+    "goniometer": "in the shadow of the goniometer in every image read, by the format",
     "beamstop": "in the shadow of the beam stop, found automatically",
     "hot": "too many photons in most images or on average",
     "dead": "no photons where the surroundings have some",
@@ -74,6 +76,8 @@ class MadeMask:
         n_images: Number of images that were read.
         rings: Where the pixels lie.
         warnings: What the user should know.
+        notes: What could not be found, and why.
+        bragg: What extraction leaves out of one image besides; no part of the mask.
     """
 
     detector: Detector
@@ -84,6 +88,8 @@ class MadeMask:
     n_images: int
     rings: Rings
     warnings: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    bragg: BraggLayer | None = None
 
     @property
     def good(self) -> tuple[np.ndarray, ...]:
@@ -128,6 +134,9 @@ class MadeMask:
             "n_masked": int(sum(np.count_nonzero(~panel) for panel in good)),
             "n_masked_panels": [int(np.count_nonzero(~panel)) for panel in good],
             "layers": self.counts(),
+            "image_layers": [self.bragg.summary(good)] if self.bragg else [],
+            "warnings": list(self.warnings),
+            "notes": list(self.notes),
         }
 
 
@@ -147,11 +156,12 @@ def make_mask(
     shapes, beam = series.shapes, series.experiments[0].beam
     rings = make_rings(series.detector, beam)
     images = series.chosen(settings.max_images)
+    goniometer = goniometer_shadow(images, len(rings.u))
     layers = {
         "untrusted": untrusted_rectangles(series.detector),
         "file": file_masks(series, masks),
         **shape_layers(series, settings.shapes),
-        "goniometer": goniometer_shadow(images, len(rings.u)),
+        "goniometer": goniometer.always,
     }
     usable = ~(layers["untrusted"] | layers["file"])
     model = PixelModel.of_detector(series.detector, usable, rings, settings)
@@ -160,17 +170,18 @@ def make_mask(
         # the values of shadowed pixels are replaced by one below any range
         layers[name] = layers.get(name, False) | (found & ~layers["goniometer"])
     hidden = np.logical_or.reduce([layers[name] for name in NOT_SEEN])
-    warnings: list[str] = []
     seen = ~hidden & (sums.n > 0)
-    layers["beamstop"], message = _beamstop(sums, seen, rings, shapes, settings)
-    warnings += message
+    layers["beamstop"], warnings, notes = _beamstop(sums, seen, rings, shapes, settings)
     masked = np.logical_or.reduce(list(layers.values()))
+    warnings += unexposed_hint(unexposed_areas(sums, ~masked, model), len(masked))
+    notes += shadow_notes(goniometer)
     if settings.find:
         faulty, sensitivity = find_faulty(sums, masked, rings, shapes)
         layers.update({k: v for k, v in faulty.items() if k in settings.find})
         warnings += too_few_images(settings, len(images))
-        log_sensitivity(sensitivity, settings, len(images))
-    log_shadows(images, layers["beamstop"], settings)
+        notes += sensitivity_notes(sensitivity, settings, len(images))
+    for note in notes:
+        logger.info("%s", note)
     for warning in warnings:
         logger.warning("Warning: %s", warning)
     return MadeMask(
@@ -182,6 +193,7 @@ def make_mask(
         n_images=len(images),
         rings=rings,
         warnings=warnings,
+        notes=notes,
     )
 
 
@@ -191,21 +203,19 @@ def _beamstop(
     rings: Rings,
     shapes: Sequence[tuple[int, int]],
     settings: MaskSettings,
-) -> tuple[np.ndarray, list[str]]:
-    """The layer of the beam stop, flat, and a warning if what was found is none."""
+) -> tuple[np.ndarray, list[str], list[str]]:
+    """The layer of the beam stop, flat; a warning if what was found is none; notes."""
     nothing = np.zeros(len(seen), dtype=bool)
     if not settings.beamstop:
-        return nothing, []
+        return nothing, [], []
     scatter = relative_scatter(sums, seen)
     if sums.n_images < MIN_IMAGES_DARK and scatter > MAX_SCATTER:
-        logger.info(
-            "The shadow of a beam stop is not looked for: the values scatter %.1f times "
-            "as much as photons, and %d image(s) are too few to average that. Give the "
-            "gain, or untrusted.polygon",
-            scatter,
-            sums.n_images,
+        note = (
+            "The shadow of a beam stop is not looked for: the values scatter "
+            f"{scatter:.1f} times as much as photons, and {sums.n_images} image(s) are "
+            "too few to average that. Give the gain, or untrusted.polygon"
         )
-        return nothing, []
+        return nothing, [], [note]
     found = find_beamstop(
         np.nan_to_num(sums.mean()),
         sums.noise(),
@@ -215,13 +225,16 @@ def _beamstop(
         settings.transmission,
         settings.border,
     )
+    if not found.any():
+        return nothing, [], ["No shadow of a beam stop was found"]
     share = np.count_nonzero(found & seen) / max(np.count_nonzero(seen), 1)
     if share > MAX_FRACTION:
-        return nothing, [
+        warning = (
             f"a dark region from the beam on covers {100 * share:.0f}% of the pixels. That "
             "is no beam stop, and it is not masked: check the beam centre"
-        ]
-    return found, []
+        )
+        return nothing, [warning], []
+    return found, [], []
 
 
 def relative_scatter(sums: PixelSums, seen: np.ndarray) -> float:
@@ -249,50 +262,43 @@ def too_few_images(settings: MaskSettings, n_images: int) -> list[str]:
     ]
 
 
-def log_shadows(
-    images: Sequence[tuple[Experiment, int]],
-    beamstop: np.ndarray,
-    settings: MaskSettings,
-) -> None:
-    """Say what was found of shadows, and who takes care of those that move."""
-    if settings.beamstop and not beamstop.any():
-        logger.info("No shadow of a beam stop was found")
-    if moving_shadows(images):
-        logger.info(
-            "The format of the images knows a shadow of the goniometer that moves: it is "
-            "left out image by image in dials.diffuse_extract. What it covers in all images "
-            "is in this mask"
-        )
+def shadow_notes(goniometer: GoniometerShadow) -> list[str]:
+    """What the layer of the goniometer holds, and who takes care of the rest."""
+    always, sometimes = (
+        int(np.count_nonzero(x)) for x in (goniometer.always, goniometer.sometimes)
+    )
+    if not (goniometer.known or sometimes):
+        return []
+    return [
+        f"The format of the images knows the shadow of the goniometer: {always} pixels lie "
+        f"in it in every image that was read and are in this mask; {sometimes} more lie in "
+        "it in some images only and are left out of those by dials.diffuse_extract"
+    ]
 
 
-def log_sensitivity(
+def sensitivity_notes(
     sensitivity: Sensitivity, settings: MaskSettings, n_images: int
-) -> None:
-    """Say what could not be found in so few images or photons."""
-    if (
-        "flickering" in settings.find
-        and n_images >= MIN_IMAGES_HIGH
-        and sensitivity.chance < 0.99
-    ):
-        logger.info(
-            "A pixel is called flickering if it is high in %d runs of images. In %d images "
-            "that finds %.0f%% of those that are high in one of %.0f images",
-            sensitivity.min_runs,
-            n_images,
-            100 * sensitivity.chance,
-            1 / FLICKER,
+) -> list[str]:
+    """What could not be found in so few images or photons."""
+    notes = []
+    flickering = "flickering" in settings.find and n_images >= MIN_IMAGES_HIGH
+    if flickering and sensitivity.chance < 0.99:
+        notes.append(
+            f"A pixel is called flickering if it is high in {sensitivity.min_runs} runs of "
+            f"images. In {n_images} images that finds {100 * sensitivity.chance:.0f}% of "
+            f"those that are high in one of {1 / FLICKER:.0f} images"
         )
     if "unstable" in settings.find and not sensitivity.scatter:
-        logger.info(
-            "The scatter of the pixels is not judged with fewer than %d images",
-            MIN_IMAGES_SCATTER,
+        notes.append(
+            "The scatter of the pixels is not judged with fewer than "
+            f"{MIN_IMAGES_SCATTER} images"
         )
     if "dead" in settings.find and sensitivity.n_without:
-        logger.info(
-            "Whether %d pixels are dead cannot be told: their surroundings have fewer than "
-            "14 photons in all the images",
-            sensitivity.n_without,
+        notes.append(
+            f"Whether {sensitivity.n_without} pixels are dead cannot be told: their "
+            "surroundings have fewer than 14 photons in all the images"
         )
+    return notes
 
 
 def log_mask(made: MadeMask, number: int) -> None:
@@ -316,8 +322,34 @@ def log_mask(made: MadeMask, number: int) -> None:
     logger.info(
         tabulate(rows, headers=["Layer", "Pixels masked", "%", "By this layer only"])
     )
+    for layer in summary["image_layers"]:
+        log_bragg_layer(layer, n_pixels)
     if len(made.detector) > 1:
         log_panels(made, summary)
+
+
+def log_bragg_layer(layer: Mapping[str, Any], n_pixels: int) -> None:
+    """What the Bragg exclusion takes of one image, by itself and beside the mask.
+
+    Args:
+        layer: Its ``summary``.
+        n_pixels: Of the detector.
+    """
+    logger.info(
+        "\nBragg layer, of image %d (%s) only and not in the mask: dials.diffuse_extract "
+        "leaves out of each image what lies %s, to %.2f Å:",
+        layer["image"],
+        layer["file"],
+        layer["exclusion"],
+        layer["d_min"],
+    )
+    names = {
+        "bragg": layer["n_pixels"],
+        "bragg, not masked": layer["n_only"],
+        "mask and bragg": layer["n_together"],
+    }
+    rows = [(name, n, f"{100 * n / n_pixels:.3f}") for name, n in names.items()]
+    logger.info(tabulate(rows, headers=["Layer", "Pixels left out", "%"]))
 
 
 def log_panels(made: MadeMask, summary: dict[str, Any]) -> None:

@@ -2,7 +2,9 @@
 
 A beam stop shows in the mean image as a connected region around the beam, or from the
 innermost pixels on, in which far fewer photons arrive than in the rest of each resolution
-ring. Rings that lie in the shadow as a whole have no rest: the intensity just outside the
+ring. The rest is known by its lower quartile, which Bragg peaks do not reach: near the
+beam, where a few reflections make the same rings in all images, they raise the median.
+Rings that lie in the shadow as a whole have no rest: the intensity just outside the
 sharp edge is theirs too. A smooth decrease towards the beam is no shadow, nor is a dark
 corner of one panel beside a hole for the beam: what stops the beam hides most of the
 innermost pixels.
@@ -10,6 +12,7 @@ innermost pixels.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Sequence
 
 import numpy as np
@@ -19,9 +22,8 @@ from dxtbx import flumpy
 from dxtbx.imageset import ImageSequence
 from dxtbx.model import Experiment
 
-from dials_diffuse.extraction.blocks import image_number
 from dials_diffuse.masks.neighbours import Shapes, box_sum
-from dials_diffuse.masks.rings import Rings, ring_quantiles
+from dials_diffuse.masks.rings import OUTLIER, Rings, ring_quantiles
 from dials_diffuse.masks.series import flatten
 
 BOXES = (1, 3, 5, 7)  # pixels along an edge
@@ -31,54 +33,93 @@ NEAR = 5.0  # pixels, from the beam or the innermost pixel
 SOFT = 0.9  # below this fraction a pixel beside the shadow is in its soft edge
 CENTRAL = 0.5  # fraction of the innermost pixels that a beam stop hides at least
 EDGE = 3  # rings over which a sharp edge of a shadow extends
+BUMP = 4  # rings that a ring of Bragg peaks is wide
+MOST = 1.5  # times the level of its ring that a pixel may have in the means of boxes
+DEEP = 0.25  # parts of the median: a lower quartile below it lies in a shadow itself
 MIN_PIXELS = 50
 MAX_FRACTION = 0.2  # of the pixels: what is larger is no beam stop
 
 
+@dataclasses.dataclass(frozen=True)
+class GoniometerShadow:
+    """What the goniometer shadows in a series of images, by the format; flat.
+
+    Attributes:
+        always: Pixels that it shadows in all images.
+        sometimes: Pixels that it shadows in some images, but not in all.
+        known: Whether the format knows the shadow in all images.
+    """
+
+    always: np.ndarray
+    sometimes: np.ndarray
+    known: bool
+
+
 def goniometer_shadow(
     images: Sequence[tuple[Experiment, int]], n_pixels: int
-) -> np.ndarray:
-    """Pixels that the goniometer shadows in all images, by the format; flat."""
-    shadow = np.ones(n_pixels, dtype=bool)
+) -> GoniometerShadow:
+    """The shadow of the goniometer in a series of images.
+
+    DIALS takes the shadow at the angle at which an image begins for the whole image; so
+    does extraction, which leaves it out image by image.
+    """
+    always, ever = (np.full(n_pixels, x) for x in (True, False))
+    known = bool(images)
     for experiment, array_index in images:
         imageset = experiment.imageset
         if not (isinstance(imageset, ImageSequence) and imageset.has_dynamic_mask()):
-            return np.zeros(n_pixels, dtype=bool)
-        number = image_number(experiment, array_index)
-        angle = imageset.get_scan(number).get_angle_from_array_index(array_index)
+            known = False
+            continue
+        angle = imageset.get_scan().get_angle_from_array_index(array_index)
         good = imageset.masker().get_mask(experiment.detector, angle)
-        shadow &= ~flatten([flumpy.to_numpy(mask) for mask in good])
-        if not shadow.any():
-            break
-    return shadow
+        shadow = ~flatten([flumpy.to_numpy(mask) for mask in good])
+        always &= shadow
+        ever |= shadow
+    always &= known
+    return GoniometerShadow(always, ever & ~always, known)
 
 
-def moving_shadows(images: Sequence[tuple[Experiment, int]]) -> bool:
-    """Whether a format knows shadows that change from image to image."""
-    return any(experiment.imageset.has_dynamic_mask() for experiment, _ in images)
+def ring_levels_without_peaks(
+    values: np.ndarray, number: np.ndarray, n_rings: int
+) -> np.ndarray:
+    """What most pixels of each ring have at least, with few peaks and little shadow.
 
-
-def reference_profile(medians: np.ndarray, fraction: float) -> np.ndarray:
-    """What the rings would have without a shadow.
-
-    From the outside inwards, a ring has its own median, unless it falls below a fraction
-    of the level a few rings farther out: then it has that level.
+    The lower quartile, or the median where a quarter of the ring is in a shadow.
 
     Args:
-        medians: Median of each ring, from the inside; NaN for empty rings.
+        values: Flat values.
+        number: Ring of each.
+        n_rings: Number of rings.
+
+    Returns:
+        Shape (n_rings,); NaN where a ring is empty.
+    """
+    lower, median = ring_quantiles(values, number, n_rings, (0.25, 0.5))
+    return np.where(lower < DEEP * median, median, lower)
+
+
+def reference_profile(levels: np.ndarray, fraction: float) -> np.ndarray:
+    """What the rings would have without a shadow.
+
+    From the outside inwards, a ring has its own level, unless it falls below a fraction
+    of the lowest level of some rings a little farther out: then it has that. A ring of
+    Bragg peaks is not as wide as all of these.
+
+    Args:
+        levels: Level of each ring, from the inside; NaN for empty rings.
         fraction: Fraction below which there may be a shadow.
 
     Returns:
-        The reference of each ring, NaN outside the outermost with a median.
+        The reference of each ring, NaN outside the outermost with a level.
     """
-    result = np.full(len(medians), np.nan)
+    result = np.full(len(levels), np.nan)
     outer: list[float] = []  # the references of the rings farther out
-    for i in range(len(medians) - 1, -1, -1):
-        if np.isnan(medians[i]):
+    for i in range(len(levels) - 1, -1, -1):
+        if np.isnan(levels[i]):
             result[i] = outer[-1] if outer else np.nan
             continue
-        beyond = outer[-EDGE] if len(outer) >= EDGE else medians[i]
-        result[i] = medians[i] if medians[i] >= fraction * beyond else beyond
+        beyond = min(outer[-EDGE - BUMP : len(outer) - EDGE + 1], default=levels[i])
+        result[i] = levels[i] if levels[i] >= fraction * beyond else beyond
         outer.append(result[i])
     return result
 
@@ -107,17 +148,27 @@ def low_pixels(
     Returns:
         Pixels below the fraction of the reference, and those below 90 % of it.
     """
-    values = np.where(good, mean, 0).astype(np.float32)
-    usual = ring_quantiles(noise[good], rings.number[good], rings.n_rings)[0]
-    usual = np.maximum(np.nan_to_num(usual), 1e-6)[rings.number]
+    number, n_rings = rings.number, rings.n_rings
+    levels = ring_levels_without_peaks(mean[good], number[good], n_rings)
+    usual = ring_quantiles(noise[good], number[good], n_rings, (0.25,))[0]
+    usual = np.maximum(np.nan_to_num(usual), 1e-6)
+    lit = levels > 0
+    if lit.any():
+        # in rings full of peaks the noise is that of most rings, in parts of the level
+        most = np.median(usual[lit] / levels[lit])
+        usual[lit] = np.minimum(usual[lit], most * levels[lit])
+    # peaks would otherwise be in the boxes of many pixels about them
+    top = (np.nan_to_num(levels) * MOST + OUTLIER * np.sqrt(usual))[number]
+    values = np.where(good, np.minimum(mean, top), 0).astype(np.float32)
+    usual = usual[number]
     low, soft = (np.zeros(len(values), dtype=bool) for _ in range(2))
     undecided = good.copy()
     for size in BOXES:
         n = np.rint(box_sum(good, shapes, size)) if size > 1 else good
         total = box_sum(values, shapes, size) if size > 1 else values
         boxed = total / np.maximum(n, 1)
-        medians = ring_quantiles(boxed[good], rings.number[good], rings.n_rings)[0]
-        reference = reference_profile(medians, fraction)[rings.number]
+        levels = ring_levels_without_peaks(boxed[good], number[good], n_rings)
+        reference = reference_profile(levels, fraction)[number]
         decided = undecided & (reference**2 * n >= ENOUGH * usual)
         low[decided] = boxed[decided] < fraction * reference[decided]
         soft[decided] = boxed[decided] < SOFT * reference[decided]

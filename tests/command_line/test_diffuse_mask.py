@@ -31,6 +31,7 @@ OUTPUT = [
     "diffuse_mask.h5",
     "diffuse_mask_total.png",
     "diffuse_mask_beamstop.png",
+    "diffuse_mask_bragg.png",
     "dials.diffuse_mask.html",
     "dials.diffuse_mask.json",
     "dials.diffuse_mask.log",
@@ -76,13 +77,44 @@ def test_mask(simulated):
         for name in ("hot", "dead", "flickering", "unstable"):
             assert np.count_nonzero(handle.layer(name)[0] & sound) <= 1
 
-    (detector,) = json.loads(Path(OUTPUT[5]).read_text())["detectors"]
+    (detector,) = json.loads(Path(OUTPUT[-2]).read_text())["detectors"]
     assert detector["n_masked"] == np.count_nonzero(~good)
     log = Path("dials.diffuse_mask.log").read_text()
     assert "20 images of 20 experiments, 13200 pixels in 1 panel(s)" in log
+    (bragg,) = detector["image_layers"]
+    with MaskFile("diffuse_mask.h5") as handle:
+        layer = handle.image_layer("bragg")
+    assert bragg["n_pixels"] == np.count_nonzero(layer.panels[0]) > 100
+    assert bragg["n_together"] == np.count_nonzero(layer.panels[0] | ~good)
+    assert "not in the mask: dials.diffuse_extract leaves out of each image" in log
     page = Path("dials.diffuse_mask.html").read_text()
+    assert "Bragg positions in one image" in page
     assert f"<td>{detector['n_masked']}</td>" in page
     assert page.count("data:image/png") == len(list(Path(".").glob("*.png")))
+
+
+def test_without_crystals_there_is_no_bragg_layer(simulated):
+    experiments = ExperimentList.from_file(
+        str(simulated / "simulated.expt"), check_format=False
+    )
+    for experiment in experiments:
+        experiment.crystal = None
+    experiments.as_file("bare.expt")
+    diffuse_mask.run(["bare.expt", "plots=None", "mp.nproc=1"])
+    reason = "no experiment has a crystal"
+    assert reason in Path("dials.diffuse_mask.log").read_text()
+    assert "the experiments have no crystal" in Path(OUTPUT[-3]).read_text()
+    with MaskFile("diffuse_mask.h5") as handle:
+        assert handle.image_layer_names() == []
+
+
+def test_warnings_of_the_log_are_in_the_page(simulated):
+    diffuse_mask.run(
+        [str(simulated / "simulated.expt"), "pixels.max_images=2", "mp.nproc=1"]
+    )
+    warning = "cannot be told from Bragg peaks in fewer than 3 images"
+    for name in ("dials.diffuse_mask.log", "dials.diffuse_mask.html"):
+        assert warning in Path(name).read_text()
 
 
 def test_mask_is_read_by_dials_and_by_extraction(simulated, caplog):
@@ -141,6 +173,7 @@ def test_one_mask_for_each_detector(simulated):
         ([], "Please give an experiment list"),
         (["no.expt"], "no.expt does not exist"),
         (["{expt}", "mask=no.mask"], "Cannot read the mask no.mask"),
+        (["{expt}", "sample.experiment=20"], "the first is 0"),
         (["{expt}", "mask=small.mask"], "make one for this detector"),
         (["{expt}", "output.mask=None"], "must be names"),
         (["{expt}", "output.json=diffuse.mask"], "is in use"),

@@ -4,7 +4,16 @@ import h5py
 import numpy as np
 import pytest
 
-from dials_diffuse.io.masks import DetectorMask, MaskFile, read_masks, write_masks
+from dxtbx.model.experiment_list import ExperimentList
+
+from dials_diffuse.io.masks import (
+    DetectorMask,
+    ImageLayer,
+    MaskFile,
+    given_mask,
+    read_masks,
+    write_masks,
+)
 
 SHAPES = [(5, 7), (4, 3)]
 
@@ -94,3 +103,41 @@ def test_damaged_and_newer_files(path):
         handle["entry/dials_diffuse"].attrs["schema"] = 99
     with pytest.raises(ValueError, match="use a newer"):
         read_masks(path)
+
+
+def test_layer_of_one_image_is_no_part_of_the_mask(tmp_path, detectors):
+    rng = np.random.default_rng(3)
+    panels = tuple(rng.uniform(size=shape) < 0.3 for shape in SHAPES)
+    layer = ImageLayer(panels, "a", 12, "x_0012.cbf", "near the Bragg positions")
+    first, second = detectors
+    with_layer = DetectorMask(first.identifiers, first.layers, {}, {"bragg": layer})
+    write_masks(tmp_path / "with.h5", [with_layer, second])
+    write_masks(tmp_path / "without.h5", detectors)
+    masks = [read_masks(tmp_path / f"{x}.h5") for x in ("with", "without")]
+    for a, b in zip(*masks):
+        assert all(np.array_equal(x, y) for x, y in zip(a, b))
+    with MaskFile(tmp_path / "with.h5") as handle:
+        assert handle.image_layer_names(0) == ["bragg"]
+        assert "bragg" not in handle.layer_names(0)
+        found = handle.image_layer("bragg", 0)
+        assert (found.identifier, found.image, found.file) == ("a", 12, "x_0012.cbf")
+        assert all(np.array_equal(x, y) for x, y in zip(found.panels, panels))
+        with pytest.raises(ValueError, match="no layer bragg of an image: it has none"):
+            handle.image_layer("bragg", 1)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "is empty: make it again with dials.diffuse_mask"),
+        (b"junk" * 100, "is not HDF5 in spite of its name: make it again"),
+        (b"\x89HDF\r\n\x1a\n" + b"junk" * 100, "damaged or cut short: make it again"),
+    ],
+)
+def test_empty_and_junk_files_given_as_a_mask(tmp_path, content, message):
+    path = tmp_path / "m.h5"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        given_mask(str(path), ExperimentList())
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)

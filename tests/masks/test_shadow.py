@@ -30,6 +30,14 @@ def test_reference_of_shadowed_rings_is_that_outside():
     np.testing.assert_array_equal(reference, np.full(40, 100.0))
 
 
+def test_reference_passes_over_a_ring_of_peaks():
+    """The level falls smoothly to the beam; a ring of peaks is no edge of a shadow."""
+    profile = np.linspace(1, 8, 40)
+    profile[20:23] *= 8
+    reference = reference_profile(profile, 0.5)
+    np.testing.assert_array_equal(reference[:20], profile[:20])
+
+
 def one_panel(size: int = 200) -> Detector:
     panel = Panel()
     panel.set_frame((1, 0, 0), (0, -1, 0), (-size * 0.05, size * 0.05, -100))
@@ -155,3 +163,21 @@ def test_stop_through_which_the_beam_shines():
     found = find(image)
     assert found[r < 13].all()
     assert found[r > 17].sum() == 0
+
+
+@pytest.mark.parametrize("coverage", [0.6, 0.9])
+def test_low_order_peaks_about_the_stop_are_not_its_edge(coverage):
+    """Many crystals have the same first reflections: spots of a ring, all around.
+
+    The level falls towards the beam, as behind solvent; the stop has a radius of 8.
+    """
+    y, x = np.indices((200, 200)) - 99.5
+    r = np.hypot(x, y)
+    rng = np.random.default_rng(7)
+    image = rng.poisson(60 * (0.06 * r + 0.1)) / 60
+    spots = (abs(r - 16) < 2) & (np.cos(40 * np.arctan2(y, x)) > 1 - 2 * coverage)
+    image[spots] += rng.poisson(15, np.count_nonzero(spots))
+    image[r < 8] = 0
+    found = find(image)
+    assert found[r < 8].all()
+    assert not found[r > 8 + 4].any()

@@ -1,0 +1,1 @@
+``dials.diffuse_mask``: Shows what ``dials.diffuse_extract`` leaves out about the Bragg positions of one image as a layer of its own, points out areas that were perhaps never exposed, and explains its pictures, in which thin lines are seen.
