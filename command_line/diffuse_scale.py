@@ -27,6 +27,7 @@ Examples::
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import tempfile
@@ -41,6 +42,7 @@ from dxtbx.model.experiment_list import ExperimentList
 import dials.util
 from dials.util import tabulate
 from dials.util.options import ArgumentParser, flatten_experiments
+from dials_diffuse.command_line.diffuse_mask import collected_warnings
 from dials_diffuse.io.inputs import check_identifiers
 from dials_diffuse.io.maps import read_map
 from dials_diffuse.io.observations import (
@@ -50,6 +52,8 @@ from dials_diffuse.io.observations import (
 )
 from dials_diffuse.merging import sums
 from dials_diffuse.merging.observations import check_tables
+from dials_diffuse.report.scaling import scaling_record
+from dials_diffuse.report.scaling_plots import render_page
 from dials_diffuse.scaling.apply import count, flag_outliers, scaled_rows
 from dials_diffuse.scaling.block import ImageRange, RowReader
 from dials_diffuse.scaling.models import scaling_models
@@ -68,6 +72,11 @@ logger = logging.getLogger("dials.diffuse.scale")
 phil_scope = load_phil("scale")
 
 
+def given(values: Sequence[str | None]) -> list[str]:
+    """The values of a parameter that may be given several times."""
+    return [value for value in values if value]
+
+
 def check_arguments(params: Any, files: Sequence[str]) -> None:
     """Check that experiments and observations were given, and names for the output.
 
@@ -83,6 +92,7 @@ def check_arguments(params: Any, files: Sequence[str]) -> None:
         )
     inputs = [item.filename for item in params.input.experiments]
     inputs += [*files, *([params.reference] if params.reference else [])]
+    inputs += given(params.bragg_reference)
     used = {os.path.realpath(path) for path in inputs}
     for option in ("experiments", "reflections", "html", "json", "log"):
         name = getattr(params.output, option)
@@ -151,7 +161,7 @@ def scale_experiments(
 ) -> tuple[Scaling, RowReader]:
     """Scale, and once more without the experiments that do not agree with the rest."""
     numbers = number_experiments(experiments, tables)
-    excluded = parse_excluded(params.exclude_images or [], len(experiments))
+    excluded = parse_excluded(given(params.exclude_images), len(experiments))
     reference = None
     if params.reference:
         reference = read_reference(params.reference, tables[0])
@@ -250,16 +260,33 @@ def write_output(
     )
 
 
+def write_report(params: Any, record: Mapping[str, Any]) -> None:
+    """Write the figures as JSON and as a page, as far as they have names."""
+    if params.output.json:
+        with atomic_path(params.output.json) as path:
+            text = json.dumps(record, indent=1, allow_nan=False)
+            path.write_text(text + "\n", encoding="utf-8")
+        logger.info("Wrote the figures to %s", params.output.json)
+    if params.output.html:
+        with atomic_path(params.output.html) as path:
+            path.write_text(render_page(record), encoding="utf-8")
+        logger.info("Wrote the report to %s", params.output.html)
+
+
 def process(params: Any, phil: str, files: Sequence[str]) -> Scaling:
     """Read the input, scale, write the output."""
     experiments = flatten_experiments(params.input.experiments)
     inputs = [*(item.filename for item in params.input.experiments), *files]
     with contextlib.ExitStack() as stack:
+        warnings = stack.enter_context(collected_warnings())
         tables = [stack.enter_context(ObservationFile(path)) for path in files]
         check_tables(tables)
         scaling, reader = scale_experiments(experiments, tables, params)
         log_result(scaling, experiments)
         write_output(experiments, reader, scaling, params, phil, inputs)
+        if params.output.json or params.output.html:
+            record = scaling_record(experiments, reader, scaling, warnings, inputs)
+            write_report(params, record)
     return scaling
 
 

@@ -65,7 +65,8 @@ class ObservationBlock:
 
     Args:
         start: Limits of the groups, int32, shape (n_groups + 1,).
-        voxel: Packed index of the voxel of each group (``merging.sums.pack``).
+        voxel: Packed index of the voxel of each group (``merging.sums.pack``); of a
+            Bragg peak its bits are inverted, which makes it negative.
         experiment: Number of the experiment of each row, int32.
         counts: Photons, background included, float32.
         background: Photons of the background, float32.
@@ -260,6 +261,7 @@ def read_block(
     step: int = 1,
     phase: int = 0,
     single: bool = False,
+    further: Sequence[Rows] = (),
     description: str = "Reading",
 ) -> ObservationBlock:
     """The observations of one in ``step`` symmetry-unique voxels.
@@ -269,6 +271,7 @@ def read_block(
         step: 1 for all voxels.
         phase: Which of the ``step`` disjoint choices.
         single: Keep voxels with a single observation.
+        further: Observations of something else, such as Bragg peaks.
         description: For the progress bar.
 
     Raises:
@@ -281,4 +284,4 @@ def read_block(
             f"{reader.tables[0].path} has no usable observations: all of its rows are "
             "flagged as outliers or have no pixels"
         )
-    return sort_rows(parts, single)
+    return sort_rows([*parts, *further], single)

@@ -8,7 +8,7 @@ multiplies all components, on observations that ``dials.diffuse_export`` has wri
 
 from __future__ import annotations
 
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
 import numpy as np
 
@@ -18,12 +18,15 @@ from libtbx import phil
 
 from dials.algorithms.scaling.model.model import ScalingModelBase, base_model_phil_str
 from dials.array_family import flex
-from dials_diffuse.scaling.axes import SmoothAxis
+from dials_diffuse.scaling.axes import Axis, DecayAxis, SmoothAxis, StepAxis
 from dials_diffuse.scaling.components import TermComponent, component_from_dict
 from dials_diffuse.scaling.coordinates import CoordinateFinder, Extent, find_extents
 from dials_diffuse.scaling.terms import TERMS, Role, terms_phil
 
-COLOURS = "Viridis"
+COLOUR = "#1f4e79"
+DIVERGING = [[0, "#2166ac"], [0.5, "#f7f7f7"], [1, "#b2182b"]]
+MOST_IMAGES = 6  # of a term of three axes
+IMAGES_PER_ROW = 3
 
 
 def terms_scope() -> phil.scope:
@@ -173,38 +176,170 @@ def make_components(params: Any, extent: Extent) -> dict[str, TermComponent]:
 
 
 def plot_component(name: str, component: TermComponent) -> dict[str, Any] | None:
-    """A line along the first axis, or an image of the first two, for plotly.
+    """A plot of a component for plotly; None for a single number.
 
-    Further axes are taken at their middle. None for a single number.
+    A line with the parameters at their knots for one axis; an image for two; for three,
+    images at some points of the first axis, on one scale of colours. The B factor of a
+    sweep is drawn against the rotation, that of a still as factor against s.
     """
-    axes = [axis for axis in component.axes if axis.n_cells > 1][:2]
+    axes = [axis for axis in component.axes if axis.n_cells > 1]
     if not axes:
         return None
-    points = [
-        axis.centres() if axis in axes else np.median(axis.centres(), keepdims=True)
-        for axis in component.axes
-    ]
-    mesh = np.meshgrid(*points, indexing="ij")
-    coordinates = {axis.coordinate: x.ravel() for axis, x in zip(component.axes, mesh)}
-    values = component.values(coordinates, mesh[0].size)
-    values = values.reshape([len(axis.centres()) for axis in axes])
-    titles = [_axis_title(axis.coordinate) for axis in axes]
-    title = (
-        f"{name.capitalize()} {'(photons/s/sr)' if component.additive else 'factor'}"
-    )
-    layout = {"title": title, "xaxis": {"title": titles[0]}}
-    x = axes[0].centres().tolist()
+    smooth = [axis for axis in axes if not isinstance(axis, DecayAxis)]
+    if len(smooth) < len(axes) and len(smooth) == 1:
+        return _plot_decay(name, smooth[0], component)
+    values = _cell_values(component).reshape([axis.n_cells for axis in axes])
     if len(axes) == 1:
-        data = {"x": x, "y": values.tolist(), "type": "scatter", "mode": "lines"}
-        if not isinstance(axes[0], SmoothAxis):
-            data["mode"] = "markers"
-        layout["yaxis"] = {"title": name.capitalize()}
+        return _plot_line(name, axes[0], values, component)
+    if len(axes) == 2:
+        return _plot_images(name, axes, values[None], [""], component.additive)
+    chosen = _some(axes[0].n_cells, MOST_IMAGES)
+    points = axes[0].centres()[chosen]
+    titles = [f"{_axis_title(axes[0].coordinate)} {point:.4g}" for point in points]
+    titles = [title.replace(" (°)", "") for title in titles]
+    return _plot_images(name, axes[1:3], values[chosen], titles, component.additive)
+
+
+def _cell_values(component: TermComponent) -> np.ndarray:
+    """The value of a component in the middle of each of its cells."""
+    mesh = np.meshgrid(*(axis.centres() for axis in component.axes), indexing="ij")
+    places = zip(component.axes, mesh)
+    coordinates = {axis.coordinate: x.ravel() for axis, x in places}
+    return component.values(coordinates, mesh[0].size)
+
+
+def _some(n: int, most: int) -> np.ndarray:
+    """Some of n numbers from 0, at about equal distances."""
+    if n <= most:
+        return np.arange(n)
+    return ((np.arange(most) + 0.5) * n / most).astype(int)
+
+
+def _plot_line(
+    name: str, axis: Axis, values: np.ndarray, component: TermComponent
+) -> dict[str, Any]:
+    """Values along an axis, and the parameters where they have their knots."""
+    line = {"x": axis.centres().tolist(), "y": values.tolist(), "type": "scatter"}
+    data = [{**line, "mode": "lines", "name": "Model", "line": {"color": COLOUR}}]
+    if isinstance(axis, SmoothAxis):
+        parameters = flumpy.to_numpy(component.parameters)
+        at_knots = (
+            component.unit * parameters if component.additive else np.exp(parameters)
+        )
+        data.append(_plot_knots(axis, at_knots))
+    elif isinstance(axis, StepAxis):
+        data[0].update(mode="markers", marker={"color": COLOUR})
+    return {"data": data, "layout": _layout(name, axis, _value_title(name, component))}
+
+
+def _plot_knots(axis: SmoothAxis, values: np.ndarray) -> dict[str, Any]:
+    return {
+        "x": axis.knots().tolist(),
+        "y": values.tolist(),
+        "type": "scatter",
+        "mode": "markers",
+        "name": "Parameters",
+        "marker": {"color": COLOUR, "symbol": "circle-open"},
+    }
+
+
+def _plot_decay(name: str, axis: Axis, component: TermComponent) -> dict[str, Any]:
+    """The relative B of a sweep."""
+    x, parameters = axis.centres(), flumpy.to_numpy(component.parameters)
+    line = {
+        "x": x.tolist(),
+        "y": (axis.weights(x) @ parameters).tolist(),
+        "type": "scatter",
+        "mode": "lines",
+        "name": "Model",
+        "line": {"color": COLOUR},
+    }
+    data = [line]
+    if isinstance(axis, SmoothAxis):
+        data.append(_plot_knots(axis, parameters))
+    return {"data": data, "layout": _layout(name, axis, "Relative B (Å²)")}
+
+
+def _layout(name: str, axis: Axis, title: str) -> dict[str, Any]:
+    return {
+        "title": {"text": name.capitalize()},
+        "xaxis": {"title": {"text": _axis_title(axis.coordinate)}},
+        "yaxis": {"title": {"text": title}},
+    }
+
+
+def _plot_images(
+    name: str,
+    axes: Sequence[Axis],
+    values: np.ndarray,
+    titles: Sequence[str],
+    additive: bool,
+) -> dict[str, Any]:
+    """Images side by side, shape (n_images, cells of the axes), on one scale."""
+    first, second = axes
+    if first.coordinate in ("slow", "u"):  # drawn as seen along the beam
+        across, down = (second, first) if first.coordinate == "slow" else axes
     else:
-        y = axes[1].centres().tolist()
-        data = {"x": x, "y": y, "z": values.T.tolist(), "type": "heatmap"}
-        data["colorscale"] = COLOURS
-        layout["yaxis"] = {"title": titles[1]}
-    return {"data": [data], "layout": layout}
+        across, down = first, second
+    if across is first:
+        values = values.transpose(0, 2, 1)
+    n, layout = len(values), {"title": {"text": _surface_title(name, additive)}}
+    n_columns = min(n, IMAGES_PER_ROW)
+    n_rows = -(-n // n_columns)
+    data, notes = [], []
+    for i, (image, title) in enumerate(zip(values, titles)):
+        row, column = divmod(i, n_columns)
+        suffix = str(i + 1) if i else ""
+        left, top = column / n_columns, 1 - row / n_rows
+        width, height = 0.9 / n_columns, 0.8 / n_rows if n_rows > 1 else 0.95
+        is_left, is_last = column == 0, i + n_columns >= n
+        layout["xaxis" + suffix] = {
+            "domain": [left, left + width],
+            "anchor": "y" + suffix,
+            "title": {"text": _axis_title(across.coordinate) if is_last else ""},
+        }
+        layout["yaxis" + suffix] = {
+            "domain": [top - height, top],
+            "anchor": "x" + suffix,
+            "title": {"text": _axis_title(down.coordinate) if is_left else ""},
+        }
+        if down.coordinate in ("slow", "v"):
+            layout["yaxis" + suffix]["autorange"] = "reversed"
+        data.append(
+            {
+                "x": across.centres().tolist(),
+                "y": down.centres().tolist(),
+                "z": np.round(image, 5 if not additive else 12).tolist(),
+                "type": "heatmap",
+                "xaxis": "x" + suffix,
+                "yaxis": "y" + suffix,
+                "coloraxis": "coloraxis",
+            }
+        )
+        place = {"x": left + width / 2, "y": top, "xref": "paper", "yref": "paper"}
+        anchor = {"xanchor": "center", "yanchor": "bottom", "showarrow": False}
+        notes.append({**place, **anchor, "text": title})
+    layout["coloraxis"] = _colours(values, additive)
+    layout["annotations"] = [note for note in notes if note["text"]]
+    return {"data": data, "layout": layout}
+
+
+def _colours(values: np.ndarray, additive: bool) -> dict[str, Any]:
+    """Factors: blue below 1, red above. Offsets: from their smallest on."""
+    bar = {"thickness": 14, "len": 0.9}
+    if additive:
+        return {"colorscale": "Viridis", "colorbar": bar}
+    width = max(float(np.abs(values - 1).max()), 1e-3)
+    limits = {"cmin": 1 - width, "cmax": 1 + width}
+    return {"colorscale": DIVERGING, "colorbar": bar, **limits}
+
+
+def _surface_title(name: str, additive: bool) -> str:
+    return f"{name.capitalize()} ({'photons s⁻¹ sr⁻¹' if additive else 'factor'})"
+
+
+def _value_title(name: str, component: TermComponent) -> str:
+    return "Photons s⁻¹ sr⁻¹" if component.additive else "Factor"
 
 
 def _axis_title(coordinate: str) -> str:
@@ -214,4 +349,6 @@ def _axis_title(coordinate: str) -> str:
         "panel": "Panel",
         "fast": "Fast axis (fraction of the panel)",
         "slow": "Slow axis (fraction of the panel)",
+        "u": "Horizontal direction, 2 sin θ",
+        "v": "Vertical direction, 2 sin θ",
     }.get(coordinate, coordinate)

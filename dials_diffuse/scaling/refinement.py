@@ -62,6 +62,14 @@ class Fit(NamedTuple):
         return self.chi_square / max(self.n_free, 1)
 
 
+def _shells(voxel: np.ndarray, grid: Grid) -> np.ndarray:
+    """Number of the resolution shell of each voxel; Bragg peaks have shells of their own."""
+    is_peak = voxel < 0
+    s = grid.s(sums.unpack(np.where(is_peak, ~voxel, voxel)))
+    shell = estimate.thin_shell(s)
+    return shell + is_peak * (shell.max(initial=0) + 1)
+
+
 class Refiner:
     """Terms and observations of a refinement.
 
@@ -81,7 +89,7 @@ class Refiner:
     ) -> None:
         self.block, self.components = block, dict(components)
         self.given = given
-        self.shell = estimate.thin_shell(grid.s(sums.unpack(block.voxel)))
+        self.shell = _shells(block.voxel, grid)
         self.photons = block.counts - block.background
         self.weight = np.ones(block.n_rows, dtype=np.float32)
         self.used = np.ones(block.n_rows, dtype=bool)

@@ -30,6 +30,7 @@ from dials_diffuse.scaling.block import (
     RowReader,
     read_block,
 )
+from dials_diffuse.scaling.bragg_reference import bragg_rows
 from dials_diffuse.scaling.components import JointComponent
 from dials_diffuse.scaling.coordinates import CoordinateFinder, Extent, find_extents
 from dials_diffuse.scaling.determination import standard_error
@@ -53,10 +54,17 @@ ROWS_PER_PARAMETER = 3
 
 
 class Stage(NamedTuple):
-    """One minimisation, for log and report."""
+    """One minimisation, for log and report.
+
+    Args:
+        terms: The terms that were refined.
+        fit: How well the observations are described after it.
+        before: χ² per degree of freedom before it, with the same weights.
+    """
 
     terms: list[str]
     fit: Fit
+    before: float
 
 
 @dataclasses.dataclass
@@ -73,6 +81,7 @@ class Scaling:
         before: χ² per degree of freedom with scales only from the ratio of counts.
         after: That of the result.
         control: That of other voxels; None if all voxels were refined against.
+        step: One in how many voxels was refined against.
     """
 
     components: dict[str, JointComponent]
@@ -84,6 +93,7 @@ class Scaling:
     before: float | None = None
     after: float | None = None
     control: float | None = None
+    step: int = 1
 
     def experiment_scales(self) -> np.ndarray:
         """Mean scale b of each experiment."""
@@ -130,8 +140,11 @@ def scale(
     finder = CoordinateFinder(experiments, extents)
     reader = RowReader(tables, numbers, finder, layouts, excluded)
     step = choice(reader, params.refinement.max_rows)
-    block = read_block(reader, step, single=reference is not None)
-    result = Scaling(components, extents, None, dropped=dropped)
+    peaks = bragg_rows(
+        [path for path in params.bragg_reference if path], experiments, reader, grid
+    )
+    block = read_block(reader, step, single=reference is not None, further=peaks)
+    result = Scaling(components, extents, None, dropped=dropped, step=step)
     if block.n_rows == 0:
         logger.warning(
             "Warning: no voxel was observed more than once, so that nothing tells how "
@@ -371,6 +384,7 @@ class Session:
         saved = {n: c.parameters.deep_copy() for n, c in self.result.components.items()}
         model = self.result.error_model
         self.refiner.update_weights(model.a, model.b)
+        before = self._fit().reduced
         fit = self.refiner.refine(names, self.params.refinement)
         logger.info(
             "%s: χ² per degree of freedom %.4f after %d steps, as %s",
@@ -379,7 +393,7 @@ class Session:
             fit.n_steps,
             fit.reason,
         )
-        self.result.stages.append(Stage(list(names), fit))
+        self.result.stages.append(Stage(list(names), fit, before))
         bad = self._worst_term()
         if bad is not None:
             for name, values in saved.items():
