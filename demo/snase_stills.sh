@@ -27,8 +27,11 @@ dials.diffuse_extract "$stills/processed/refined.expt" "$stills/processed/refine
     mask=snase.mask trusted_range=1,10000 corrections.polarization_fraction=0.965 \
     grid.d_min=1.6
 
+echo "== Scale: images, detector and what is left of the background"
+dials.diffuse_scale extracted.expt extracted.refl
+
 echo "== Merge: observations to a map"
-dials.diffuse_merge extracted.expt extracted.refl
+dials.diffuse_merge scaled.expt scaled.refl
 
 echo "== Export: for programs that do not read NeXus"
 dials.diffuse_export merged.h5 format=ccp4+npz

@@ -93,20 +93,6 @@ class DiffuseComponent(ScaleComponentBase):
         squares = self._difference_matrix.power(2).sum(axis=0).A1
         return 2 * (squares / self.prior.smoothness**2 + 1 / self.prior.size**2)
 
-    def calculate_jacobian_restraints(
-        self,
-    ) -> tuple[flex.double, sparse.matrix, flex.double]:
-        """Residuals, their derivatives and weights, for the engines of full matrices.
-
-        Only the sizes of the parameters are restrained there: DIALS expects as many
-        restraints as parameters.
-        """
-        n = self.n_params
-        jacobian = sparse.matrix(n, n)
-        for i in range(n):
-            jacobian[i, i] = 1.0
-        return self._parameters, jacobian, flex.double(n, self.prior.size**-2)
-
 
 class JointComponent(DiffuseComponent):
     """A term for all experiments, with a value for each of its cells.
@@ -175,6 +161,7 @@ class TermComponent(DiffuseComponent):
         self.additive = unit is not None
         self.unit = 1.0 if unit is None else unit
         self._weights: list[sparse.matrix] = []
+        self._root: np.ndarray | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -196,6 +183,31 @@ class TermComponent(DiffuseComponent):
         if not parts:
             return scipy_sparse.csr_matrix((0, self.n_params))
         return scipy_sparse.vstack(parts, format="csr")
+
+    def _restraint_root(self) -> np.ndarray:
+        """Upper triangular U, so that the restraints of a factor are |U p|²."""
+        if self._root is None:
+            rough = self.difference_matrix().toarray() / self.prior.smoothness
+            small = np.identity(self.n_params) / self.prior.size**2
+            self._root = np.linalg.cholesky(rough.T @ rough + small).T
+        return self._root
+
+    def calculate_restraints(self) -> tuple[flex.double, flex.double]:
+        terms, gradient = super().calculate_restraints()
+        if not self.additive:
+            # The engines of full matrices want as many terms as there are parameters.
+            residuals = self._restraint_root() @ flumpy.to_numpy(self._parameters)
+            terms = flumpy.from_numpy(residuals**2)
+        return terms, gradient
+
+    def calculate_jacobian_restraints(
+        self,
+    ) -> tuple[flex.double, sparse.matrix, flex.double]:
+        """Residuals, their derivatives and weights, for the engines of full matrices."""
+        root = self._restraint_root()
+        residuals = flumpy.from_numpy(root @ flumpy.to_numpy(self._parameters))
+        jacobian = _as_scitbx(scipy_sparse.csr_matrix(root))
+        return residuals, jacobian, flex.double(self.n_params, 1.0)
 
     def weights(
         self, coordinates: Mapping[str, np.ndarray], n: int

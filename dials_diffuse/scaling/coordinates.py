@@ -176,7 +176,8 @@ class CoordinateFinder:
                 self._start[experiment] + self._width[experiment] * xyz[:, 2]
             )
         if "s" in names:
-            result["s"] = 1 / columns["d"]  # d of the origin is infinite
+            d = columns["d"]  # 0 at the origin, as in DIALS
+            result["s"] = np.divide(1, d, out=np.zeros(len(d)), where=d > 0)
         if "panel" in names:
             result["panel"] = panel
         if names & {"fast", "slow", "u", "v"}:

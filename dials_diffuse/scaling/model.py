@@ -156,17 +156,26 @@ class DiffuseScalingModel(ScalingModelBase):
         for name, component in self.components.items():
             plot = plot_component(name, component)
             if plot:
+                # DIALS appends the number of the experiment to a title of plain text.
+                title = plot["layout"]["title"]["text"]
+                plot["layout"]["title"] = title
                 plots[f"diffuse_{name}"] = plot
         return plots
 
 
 def make_components(params: Any, extent: Extent) -> dict[str, TermComponent]:
-    """The factors of an experiment, without effect yet; offsets are left out."""
+    """The factors of an experiment, without effect yet; offsets are left out.
+
+    In DIALS each experiment has parameters of its own. A factor that several have in
+    common is only taken with ``use=yes``.
+    """
     components = {}
     for name, term in TERMS.items():
         own = getattr(params, name)
         owner = term.owner_for(own, extent)
         if owner is None or term.role is Role.ADDITIVE:
+            continue
+        if own.use == "auto" and owner.key != extent.number:
             continue
         n = int(np.prod([axis.n_params for axis in owner.axes]))
         components[name] = TermComponent(
@@ -195,8 +204,10 @@ def plot_component(name: str, component: TermComponent) -> dict[str, Any] | None
         return _plot_images(name, axes, values[None], [""], component.additive)
     chosen = _some(axes[0].n_cells, MOST_IMAGES)
     points = axes[0].centres()[chosen]
-    titles = [f"{_axis_title(axes[0].coordinate)} {point:.4g}" for point in points]
-    titles = [title.replace(" (°)", "") for title in titles]
+    name_of, unit = {"phi": ("φ = ", "°"), "panel": ("Panel ", "")}.get(
+        axes[0].coordinate, (f"{axes[0].coordinate} = ", "")
+    )
+    titles = [f"{name_of}{point:.4g}{unit}" for point in points]
     return _plot_images(name, axes[1:3], values[chosen], titles, component.additive)
 
 
@@ -283,25 +294,25 @@ def _plot_images(
         across, down = first, second
     if across is first:
         values = values.transpose(0, 2, 1)
-    n, layout = len(values), {"title": {"text": _surface_title(name, additive)}}
-    n_columns = min(n, IMAGES_PER_ROW)
-    n_rows = -(-n // n_columns)
-    data, notes = [], []
+    layout = {
+        "title": {"text": _surface_title(name, additive)},
+        "coloraxis": _colours(values, additive),
+        "annotations": [],
+    }
+    data = []
     for i, (image, title) in enumerate(zip(values, titles)):
-        row, column = divmod(i, n_columns)
         suffix = str(i + 1) if i else ""
-        left, top = column / n_columns, 1 - row / n_rows
-        width, height = 0.9 / n_columns, 0.8 / n_rows if n_rows > 1 else 0.95
-        is_left, is_last = column == 0, i + n_columns >= n
+        left, bottom, width, height = _place(i, len(values))
         layout["xaxis" + suffix] = {
             "domain": [left, left + width],
             "anchor": "y" + suffix,
-            "title": {"text": _axis_title(across.coordinate) if is_last else ""},
+            "title": {"text": _axis_title(across.coordinate)},
         }
         layout["yaxis" + suffix] = {
-            "domain": [top - height, top],
+            "domain": [bottom, bottom + height],
             "anchor": "x" + suffix,
-            "title": {"text": _axis_title(down.coordinate) if is_left else ""},
+            "title": {"text": _axis_title(down.coordinate) if left == 0 else ""},
+            "showticklabels": left == 0,
         }
         if down.coordinate in ("slow", "v"):
             layout["yaxis" + suffix]["autorange"] = "reversed"
@@ -309,24 +320,42 @@ def _plot_images(
             {
                 "x": across.centres().tolist(),
                 "y": down.centres().tolist(),
-                "z": np.round(image, 5 if not additive else 12).tolist(),
+                "z": [[float(f"{value:.5g}") for value in row] for row in image],
                 "type": "heatmap",
                 "xaxis": "x" + suffix,
                 "yaxis": "y" + suffix,
                 "coloraxis": "coloraxis",
             }
         )
-        place = {"x": left + width / 2, "y": top, "xref": "paper", "yref": "paper"}
-        anchor = {"xanchor": "center", "yanchor": "bottom", "showarrow": False}
-        notes.append({**place, **anchor, "text": title})
-    layout["coloraxis"] = _colours(values, additive)
-    layout["annotations"] = [note for note in notes if note["text"]]
+        if title:
+            layout["annotations"].append(
+                {
+                    "text": title,
+                    "x": left + width / 2,
+                    "y": bottom + height,
+                    "xref": "paper",
+                    "yref": "paper",
+                    "xanchor": "center",
+                    "yanchor": "bottom",
+                    "showarrow": False,
+                }
+            )
     return {"data": data, "layout": layout}
+
+
+def _place(i: int, n: int) -> tuple[float, float, float, float]:
+    """Left edge, lower edge, width and height of the i-th of n images."""
+    n_columns = min(n, IMAGES_PER_ROW)
+    n_rows = -(-n // n_columns)
+    row, column = divmod(i, n_columns)
+    width = 1.0 if n_columns == 1 else 0.94 / n_columns
+    height = 1.0 if n_rows == 1 else 0.76 / n_rows
+    return column / n_columns, 1 - row / n_rows - height, width, height
 
 
 def _colours(values: np.ndarray, additive: bool) -> dict[str, Any]:
     """Factors: blue below 1, red above. Offsets: from their smallest on."""
-    bar = {"thickness": 14, "len": 0.9}
+    bar = {"thickness": 14, "len": 0.9, "exponentformat": "power"}
     if additive:
         return {"colorscale": "Viridis", "colorbar": bar}
     width = max(float(np.abs(values - 1).max()), 1e-3)

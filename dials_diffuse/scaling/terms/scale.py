@@ -12,7 +12,7 @@ from dials_diffuse.scaling.terms.term import Role, Term, prior_phil, use_phil
 def _axes(params: Any, extent: Extent) -> tuple[Axis, ...]:
     if extent.is_still:
         return ()
-    return (SmoothAxis("phi", *extent.phi, params.interval, cells_per_interval=16),)
+    return (SmoothAxis("phi", *extent.phi, params.interval, cells_per_interval=64),)
 
 
 SCALE = Term(

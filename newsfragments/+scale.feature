@@ -1,0 +1,1 @@
+``dials.diffuse_scale``: scales, absorption, sensitivity of the detector and an offset, refined by the machinery of ``dials.scale`` with weights from expected counts; outliers of either sign, an error model and a report.
