@@ -36,8 +36,7 @@ def standard_error(refiner: Refiner, name: str) -> float:
     component = refiner.components[name]
     cells = refiner.block.cells[name]
     refiner.evaluate()
-    _, curvature = refiner.derivatives(name)
-    n_seen = np.count_nonzero(curvature > 0)
+    n_seen = np.count_nonzero(refiner.curvature(name) > 0)
     if n_seen == 0:
         return np.inf
     slope = _slope(refiner, TERMS[name].role) * component.unit

@@ -329,24 +329,24 @@ def sample_pairs(
         step = -(-step // 4) if step > 2 else 1
 
 
-def scale_experiments(tables: Sequence[ObservationTable]) -> list[dict[int, float]]:
-    """Scale factor of each experiment of each table, by its ``id``.
+def warn_of_groups(
+    names: Sequence[str], group: np.ndarray, blank_ones: str = "are left out"
+) -> None:
+    """Name experiments whose scale, or whose scale relative to others, is not known.
 
     Args:
-        tables: Observations on the same grid.
+        names: Identifiers of the experiments.
+        group: As that of ``RelativeScales``.
+        blank_ones: What becomes of experiments without photons.
     """
-    numbers, names = [], []
-    for table in tables:
-        numbers.append({i: len(names) + n for n, i in enumerate(table.identifiers)})
-        names.extend(table.identifiers.values())
-    scale, group = relative_scales(sample_pairs(tables, numbers), len(names))
     blank = [name for name, g in zip(names, group) if g < 0]
     if blank:
         logger.warning(
-            "Warning: %d of %d experiments are left out, as they have no photons in "
-            "voxels where others have some: %s",
+            "Warning: %d of %d experiments %s, as they have no photons in voxels where "
+            "others have some: %s",
             len(blank),
             len(names),
+            blank_ones,
             ", ".join(blank[:MAX_NAMES]) + (", ..." if len(blank) > MAX_NAMES else ""),
         )
     sizes = np.sort(np.unique(group[group >= 0], return_counts=True)[1])[::-1]
@@ -358,6 +358,20 @@ def scale_experiments(tables: Sequence[ObservationTable]) -> list[dict[int, floa
             len(sizes),
             ", ".join(map(str, sizes[:10])) + (", ..." if len(sizes) > 10 else ""),
         )
+
+
+def scale_experiments(tables: Sequence[ObservationTable]) -> list[dict[int, float]]:
+    """Scale factor of each experiment of each table, by its ``id``.
+
+    Args:
+        tables: Observations on the same grid.
+    """
+    numbers, names = [], []
+    for table in tables:
+        numbers.append({i: len(names) + n for n, i in enumerate(table.identifiers)})
+        names.extend(table.identifiers.values())
+    scale, group = relative_scales(sample_pairs(tables, numbers), len(names))
+    warn_of_groups(names, group)
     return [{i: float(scale[n]) for i, n in number.items()} for number in numbers]
 
 

@@ -9,7 +9,7 @@ cells another. So 20 000 stills are evaluated as one array, and several sweeps a
 from __future__ import annotations
 
 import math
-from typing import Callable, Hashable, Mapping, NamedTuple, Sequence
+from typing import Hashable, Mapping, NamedTuple, Sequence
 
 import numpy as np
 from scipy import sparse
@@ -40,6 +40,9 @@ class Block:
         self.parameter_shape = tuple(axis.n_params for axis in axes)
         self.cell_shape = tuple(axis.n_cells for axis in axes)
         self.weights = [axis.weights(axis.centres()) for axis in axes]
+        # Transposed once: a refinement asks for derivatives at each step.
+        self.transposed = [matrix.T.tocsr() for matrix in self.weights]
+        self.squares = [matrix.power(2) for matrix in self.transposed]
 
     @property
     def n_params(self) -> int:
@@ -142,21 +145,18 @@ class Layout:
 
     def gradient(self, by_cell: np.ndarray) -> np.ndarray:
         """Derivatives by the parameters, from those by the values of the cells."""
-        return self._collect(by_cell, lambda matrix: matrix.T.tocsr())
+        return self._collect(by_cell, [block.transposed for block in self.blocks])
 
     def curvature(self, by_cell: np.ndarray) -> np.ndarray:
         """Second derivatives by the parameters; cells are independent of each other."""
-        return self._collect(by_cell, lambda matrix: matrix.power(2).T.tocsr())
+        return self._collect(by_cell, [block.squares for block in self.blocks])
 
     def _collect(
-        self,
-        by_cell: np.ndarray,
-        transposed: Callable[[sparse.csr_matrix], sparse.csr_matrix],
+        self, by_cell: np.ndarray, transposed: Sequence[Sequence[sparse.csr_matrix]]
     ) -> np.ndarray:
         result = np.zeros(self.n_params)
-        for block in self.blocks:
+        for block, matrices in zip(self.blocks, transposed):
             array = by_cell[block.cells].reshape(-1, *block.cell_shape)
-            matrices = [transposed(matrix) for matrix in block.weights]
             result[block.parameters] = contract(matrices, array).ravel()
         return result
 

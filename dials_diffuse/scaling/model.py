@@ -105,10 +105,10 @@ class DiffuseScalingModel(ScalingModelBase):
         return cls(components, config, is_scaled=True)
 
     def consecutive_refinement_order(self) -> list[list[str]]:
-        stages = sorted({TERMS[name].stage for name in self.components})
+        stages = {TERMS[name].stage for name in self.components} - {None}
         return [
             [name for name in self.components if TERMS[name].stage == stage]
-            for stage in stages
+            for stage in sorted(stages)
         ]
 
     def configure_components(
@@ -173,7 +173,7 @@ def make_components(params: Any, extent: Extent) -> dict[str, TermComponent]:
     for name, term in TERMS.items():
         own = getattr(params, name)
         owner = term.owner_for(own, extent)
-        if owner is None or term.role is Role.ADDITIVE:
+        if owner is None or term.role is Role.ADDITIVE or term.stage is None:
             continue
         if own.use == "auto" and owner.key != extent.number:
             continue
@@ -306,7 +306,9 @@ def _plot_images(
         layout["xaxis" + suffix] = {
             "domain": [left, left + width],
             "anchor": "y" + suffix,
-            "title": {"text": _axis_title(across.coordinate)},
+            "title": {
+                "text": _axis_title(across.coordinate) if bottom < 0.3 else "",
+            },
         }
         layout["yaxis" + suffix] = {
             "domain": [bottom, bottom + height],

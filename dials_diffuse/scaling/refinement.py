@@ -112,13 +112,15 @@ class Refiner:
         """χ² for the current parameters and weights; keeps the derivatives."""
         return self._rows.evaluate([flumpy.from_numpy(v) for v in self.cell_values()])
 
-    def derivatives(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Gradient and curvature by the parameters of a term, of the last evaluation."""
-        number, component = list(self.components).index(name), self.components[name]
-        return (
-            component.gradient(flumpy.to_numpy(self._rows.gradient(number))),
-            component.curvature(flumpy.to_numpy(self._rows.curvature(number))),
-        )
+    def gradient(self, name: str) -> np.ndarray:
+        """Of χ² by the parameters of a term, of the last evaluation."""
+        by_cell = self._rows.gradient(list(self.components).index(name))
+        return self.components[name].gradient(flumpy.to_numpy(by_cell))
+
+    def curvature(self, name: str) -> np.ndarray:
+        """Diagonal of the second derivatives, of the last evaluation."""
+        by_cell = self._rows.curvature(list(self.components).index(name))
+        return self.components[name].curvature(flumpy.to_numpy(by_cell))
 
     def intensities(self) -> np.ndarray:
         """I of each voxel, of the last evaluation."""
@@ -182,12 +184,15 @@ class Refiner:
             n_used = int(used.sum())
             n_intensities = np.count_nonzero((used > 0) & np.isnan(self.given))
         # Of restrained parameters only what the data decide counts.
-        n_params = sum(map(self._effective_parameters, self.components))
+        n_params = sum(map(self.effective_parameters, self.components))
         n_free = int(round(n_used - n_intensities - n_params))
         return Fit(chi_square, n_used, n_free, n_steps, reason)
 
-    def _effective_parameters(self, name: str) -> float:
-        _, curvature = self.derivatives(name)
+    def effective_parameters(self, name: str) -> float:
+        """Number of parameters of a term that the observations decide, not the prior."""
+        if TERMS[name].stage is None:
+            return 0.0
+        curvature = self.curvature(name)
         restraint = self.components[name].restraint_curvature()
         return float(np.sum(curvature / (curvature + restraint)))
 
@@ -211,16 +216,17 @@ class Refiner:
         refinery.run()
         manager.set_param_vals(refinery.x)
         n_steps = refinery.history.get_nrows()
-        reason = _reason(str(refinery.history.reason_for_termination), settings)
+        text = str(refinery.history.reason_for_termination)
+        reason = _reason(text, n_steps, settings)
         return self.fit(n_steps, reason)
 
 
-def _reason(text: str, settings: Any) -> str:
+def _reason(text: str, n_steps: int, settings: Any) -> str:
     """Why the minimiser stopped, in terms of χ²."""
     if text.startswith("RMSD no longer decreasing"):
         return f"the change of χ² in a step is below {settings.tolerance:g}"
-    if "maximum number" in text.lower():
-        return f"{settings.max_iterations} steps were taken"
+    if n_steps >= settings.max_iterations:  # the minimiser does not say so itself
+        return f"refinement.max_iterations={settings.max_iterations} allows no more"
     return "no step lowers χ² further"
 
 
@@ -247,7 +253,7 @@ class Target:
         """χ² and its derivatives by the active parameters."""
         value = self._refiner.evaluate()
         self._value = value
-        parts = [self._refiner.derivatives(name)[0] for name in manager.names]
+        parts = [self._refiner.gradient(name) for name in manager.names]
         return value, flumpy.from_numpy(np.concatenate(parts))
 
     @staticmethod
@@ -284,7 +290,7 @@ class ParameterManager(multi_active_parameter_manager):
         self.names = [name for name in refiner.components if name in names]
         refiner.evaluate()
         units = [
-            1 / np.sqrt(refiner.derivatives(name)[1] + own.restraint_curvature())
+            1 / np.sqrt(refiner.curvature(name) + own.restraint_curvature())
             for name, own in refiner.components.items()
             if name in self.names
         ]

@@ -18,6 +18,8 @@ import logging
 from typing import Any, Mapping, NamedTuple, Sequence
 
 import numpy as np
+from scipy import sparse
+from scipy.sparse.linalg import lsqr
 
 from dxtbx import flumpy
 from dxtbx.model import Experiment
@@ -31,11 +33,15 @@ from dials_diffuse.scaling.block import (
     read_block,
 )
 from dials_diffuse.scaling.bragg_reference import bragg_rows
-from dials_diffuse.scaling.components import JointComponent
+from dials_diffuse.scaling.components import JointComponent, Prior
 from dials_diffuse.scaling.coordinates import CoordinateFinder, Extent, find_extents
 from dials_diffuse.scaling.determination import standard_error
 from dials_diffuse.scaling.error_model import ErrorModel, refine_error_model
-from dials_diffuse.scaling.initial import add_up_pairs, relative_scales
+from dials_diffuse.scaling.initial import (
+    add_up_pairs,
+    relative_scales,
+    warn_of_groups,
+)
 from dials_diffuse.scaling.layout import Layout
 from dials_diffuse.scaling.outliers import find_outliers
 from dials_diffuse.scaling.refinement import Fit, Refiner
@@ -48,6 +54,12 @@ LARGEST_FACTOR = 20.0
 
 # χ² of observations that were not refined against may be that much larger.
 ENOUGH = 1.05
+
+# χ² must fall by so much for each parameter of a term; noise makes it fall by 1.
+NEEDED_GAIN = 5.0
+
+# Least expected size of parameters.
+SMALLEST_PRIOR = 1e-3
 
 # Observations a parameter must have on average.
 ROWS_PER_PARAMETER = 3
@@ -107,6 +119,20 @@ class Scaling:
             if place is not None:
                 result[extent.number] = np.exp(values[place[1]]).mean()
         return result
+
+    def summary(self) -> dict[str, Any]:
+        """What a summary of all stages tells of scaling."""
+        scales = self.experiment_scales()
+        return {
+            "terms": list(self.components),
+            "dropped": dict(self.dropped),
+            "chi_square_before": self.before,
+            "chi_square": self.after,
+            "error_model": self.error_model.parameters,
+            "n_experiments": len(scales),
+            "scale_min": float(scales.min()),
+            "scale_max": float(scales.max()),
+        }
 
 
 def scale(
@@ -267,25 +293,96 @@ class Session:
             self.block.n_groups,
         )
         self._start()
-        stages = sorted({TERMS[name].stage for name in self.result.components})
         refined: list[str] = []
-        for stage in stages:
-            names = [n for n in self.result.components if TERMS[n].stage == stage]
-            names = [name for name in names if self._is_determined(name)]
-            if not names:
-                continue
-            refined += names
-            self._refine(refined if stage < 3 else names)
+        for name in sorted(self._refined(), key=lambda name: TERMS[name].stage):
+            if self._is_determined(name) and self._is_needed(name, refined):
+                refined.append(name)
+            if name in refined:
+                self._update_errors()
         for _ in range(self.params.refinement.cycles if refined else 0):
+            self._tighten_priors()
+            self._refine(self._refined())
             self._update_errors()
-            self._refine([name for name in refined if name in self.result.components])
-        self._update_errors()
+        if self.given is None:
+            self._settle_resolution()
         self.result.after = self._fit().reduced
         logger.info(
             "χ² per degree of freedom: %.4f before, %.4f after",
             self.result.before,
             self.result.after,
         )
+
+    def _refined(self) -> list[str]:
+        """The terms that are refined."""
+        return [n for n in self.result.components if TERMS[n].stage is not None]
+
+    def _is_needed(self, name: str, refined: Sequence[str]) -> bool:
+        """Refine a term with those before it; give it up if it describes noise.
+
+        Parameters that fit noise lower χ² by 1 each, and their errors go into the map.
+        Terms that the user asks for are kept.
+        """
+        saved = {n: c.parameters.deep_copy() for n, c in self.result.components.items()}
+        model = self.result.error_model
+        self.refiner.update_weights(model.a, model.b)
+        before = self.refiner.evaluate()
+        self._refine([*refined, name])
+        if name not in self.result.components:
+            return False
+        if TERMS[name].error_limit is None:
+            return True
+        gain = before - self.refiner.evaluate()
+        n = max(self.refiner.effective_parameters(name), 1)
+        if gain >= NEEDED_GAIN * n or getattr(self.params.model, name).use == "yes":
+            return True
+        for other, values in saved.items():
+            if other in self.result.components:
+                self.result.components[other].parameters = values
+        why = f"the observations do not need it (χ² falls by {gain:.0f} with {n:.0f} "
+        self._drop(name, why + "parameters)", warn=False)
+        return False
+
+    def _tighten_priors(self) -> None:
+        """Expect of factors no more than has been found.
+
+        The observations determine some combinations of parameters well and others, of
+        which I can take up nearly all, hardly: these would be as large as the prior lets
+        them be.
+        """
+        for name, component in self.result.components.items():
+            if TERMS[name].error_limit is None or component.additive:
+                continue
+            values = flumpy.to_numpy(component.parameters)
+            size = float(np.sqrt(np.mean(values**2)))
+            rough = component.difference_matrix() @ values
+            smoothness = float(np.sqrt(np.mean(rough**2))) if len(rough) else 0.0
+            given = TERMS[name].prior(getattr(self.params.model, name))
+            component.prior = Prior(
+                min(max(smoothness, SMALLEST_PRIOR), given.smoothness),
+                min(max(size, SMALLEST_PRIOR), given.size),
+            )
+
+    def _settle_resolution(self) -> None:
+        """Make the mean logarithm of the factors, scales apart, zero at each s."""
+        gauge = self.result.components.get("resolution")
+        if gauge is None:
+            return
+        total = np.zeros(self.block.n_rows)
+        for name, component in self.result.components.items():
+            if not component.additive and name not in ("scale", "resolution"):
+                total += np.log(component.cell_values())[self.block.cells[name]]
+        cells, n = self.block.cells["resolution"], gauge.layout.n_cells
+        photons = np.maximum(self.refiner.photons, 0) * self.refiner.used
+        weight = np.bincount(cells, photons, n)
+        mean = np.bincount(cells, photons * total, n) / np.maximum(weight, 1)
+        (block,) = gauge.layout.blocks
+        root = np.sqrt(weight[block.cells])
+        design = sparse.diags(root) @ block.weights[0]
+        # A little smoothness where no observation is.
+        rough = 1e-3 * root.max() * gauge.difference_matrix()
+        matrix = sparse.vstack([design, rough]).tocsr()
+        right = np.concatenate([-root * mean[block.cells], np.zeros(rough.shape[0])])
+        gauge.parameters = flumpy.from_numpy(lsqr(matrix, right)[0])
 
     def _start(self) -> None:
         """Scales from the ratio of counts; units of the offset from the mean."""
@@ -306,7 +403,10 @@ class Session:
         pairs = add_up_pairs(
             block.group, block.experiment, photons, block.normalisation.astype(float)
         )
-        scales = relative_scales(pairs, n).scale
+        scales, group = relative_scales(pairs, n)
+        seen = np.flatnonzero(np.bincount(block.experiment, minlength=n))
+        names = self._identifiers()
+        warn_of_groups([names[i] for i in seen], group[seen], "have no known scale")
         component = self.result.components["scale"]
         values = flumpy.to_numpy(component.parameters).copy()
         for number in range(n):
@@ -314,6 +414,13 @@ class Session:
             if place is not None and scales[number] > 0:
                 values[place[1]] = np.log(scales[number])
         component.parameters = flumpy.from_numpy(values)
+
+    def _identifiers(self) -> list[str]:
+        names = [str(extent.number) for extent in self.result.extents]
+        for table, numbers in zip(self.reader.tables, self.reader.numbers):
+            for i, name in table.identifiers.items():
+                names[numbers[i]] = name
+        return names
 
     def _fit(self) -> Fit:
         return self.refiner.fit()
@@ -338,8 +445,11 @@ class Session:
         n_params = self.result.components[name].n_params
         return self.block.n_rows - self.block.n_groups > ROWS_PER_PARAMETER * n_params
 
-    def _drop(self, name: str, why: str) -> None:
-        logger.warning("Warning: the term %s is switched off: %s", name, why)
+    def _drop(self, name: str, why: str, warn: bool = True) -> None:
+        if warn:
+            logger.warning("Warning: the term %s is switched off: %s", name, why)
+        else:
+            logger.info("The term %s is switched off: %s", name, why)
         self.result.dropped[name] = why
         del self.result.components[name]
         self.reader.layouts.pop(name)
@@ -430,7 +540,9 @@ class Session:
         photons = np.maximum(self.refiner.photons, 0) * self.refiner.used
         for name, component in self.result.components.items():
             axes = (axis for b in component.layout.blocks for axis in b.axes)
-            if component.additive or not all(axis.is_partition for axis in axes):
+            if TERMS[name].stage is None or component.additive:
+                continue
+            if not all(axis.is_partition for axis in axes):
                 continue
             values = component.cell_values()[self.block.cells[name]]
             if name == "scale":

@@ -11,12 +11,13 @@ from dials_diffuse.scaling.terms.absorption import ABSORPTION
 from dials_diffuse.scaling.terms.decay import DECAY
 from dials_diffuse.scaling.terms.detector import DETECTOR
 from dials_diffuse.scaling.terms.offset import OFFSET
+from dials_diffuse.scaling.terms.resolution import RESOLUTION
 from dials_diffuse.scaling.terms.scale import SCALE
 from dials_diffuse.scaling.terms.term import Role, Term
 
 # In the order in which they are refined and logged.
 TERMS: dict[str, Term] = {
-    term.name: term for term in (SCALE, DECAY, ABSORPTION, DETECTOR, OFFSET)
+    term.name: term for term in (SCALE, DETECTOR, DECAY, ABSORPTION, OFFSET, RESOLUTION)
 }
 
 

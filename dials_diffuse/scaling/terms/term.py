@@ -28,6 +28,7 @@ class Term:
         name: Of the component and the PHIL scope.
         role: How it enters the model.
         stage: Terms of one stage are refined together; later ones after earlier ones.
+            None for a term that is not refined.
         help: One sentence for the PHIL scope.
         phil: Body of the PHIL scope: ``use`` (yes, no, auto) and further parameters,
             ``smoothness`` and ``size`` among them (see ``Prior``).
@@ -41,7 +42,7 @@ class Term:
 
     name: str
     role: Role
-    stage: int
+    stage: int | None
     help: str
     phil: str
     axes: Callable[[Any, Extent], "tuple[Axis, ...] | None"]
