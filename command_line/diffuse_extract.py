@@ -34,44 +34,24 @@ import dataclasses
 import json
 import logging
 import os
-from typing import Any, Iterator, Sequence
+from typing import Any, Sequence
 
 import libtbx.phil
 from dxtbx.model.experiment_list import ExperimentList
 
 import dials.util
-import dials_diffuse
 from dials.array_family import flex
 from dials.util.options import ArgumentParser
-from dials.util.version import dials_version
-from dials_diffuse.bragg.lattices import shared_images
-from dials_diffuse.extraction.blocks import images_of, make_blocks
 from dials_diffuse.extraction.extract import Extracted, extract
-from dials_diffuse.extraction.geometry_report import geometry_record
-from dials_diffuse.extraction.indexing_report import indexing_record, log_indexing
 from dials_diffuse.extraction.prepare import Prepared, prepare
-from dials_diffuse.extraction.reference import make_grid
-from dials_diffuse.extraction.reindexing import (
-    Indexing,
-    apply_to_experiments,
-    apply_to_reflections,
-    find_indexing,
-    select_experiments,
-)
+from dials_diffuse.extraction.reindexing import select_experiments
 from dials_diffuse.extraction.report import (
-    blocks_record,
-    bragg_record,
-    count_static_pixels,
     log_bragg,
     log_crystals,
     log_grid,
     log_rotation,
-    observation_totals,
-    pixels_record,
-    shells_record,
 )
-from dials_diffuse.extraction.settings import ExtractionSettings, IndexingSettings
-from dials_diffuse.geometry.validation import automatic_tolerance, image_residuals
+from dials_diffuse.extraction.settings import ExtractionSettings
 from dials_diffuse.io.background import BackgroundFile, check_images
 from dials_diffuse.io.bragg import write_bragg
 from dials_diffuse.io.inputs import (
@@ -80,17 +60,10 @@ from dials_diffuse.io.inputs import (
     with_crystals,
 )
 from dials_diffuse.io.masks import given_mask
-from dials_diffuse.io.observations import ObservationFile
-from dials_diffuse.report.corrections import (
-    CorrectionSummary,
-    corrections_record,
-    detector_groups,
-    draw_corrections,
-    log_corrections,
-    plot_corrections,
-)
-from dials_diffuse.report.extraction import finite, render_page
+from dials_diffuse.report.corrections import CorrectionSummary, log_corrections
+from dials_diffuse.report.extraction_record import extraction_record
 from dials_diffuse.util.command import (
+    collect_warnings,
     errors_in_one_line,
     load_phil,
     logged_work,
@@ -140,21 +113,6 @@ def check_output(params: Any) -> None:
             raise ValueError(f"Cannot write {file}: there is no folder {folder}")
 
 
-@contextlib.contextmanager
-def collect_warnings(messages: list[str]) -> Iterator[None]:
-    """Append the warnings that are logged within it to a list."""
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: messages.append(
-        record.getMessage().removeprefix("Warning: ")
-    )
-    parent = logging.getLogger("dials.diffuse")
-    parent.addHandler(handler)
-    try:
-        yield
-    finally:
-        parent.removeHandler(handler)
-
-
 def write_output(
     params: Any,
     phil: str,
@@ -175,6 +133,9 @@ def write_output(
     log_rotation(experiments, grid)
     summaries = log_corrections(experiments, settings)
     if params.output.corrections:
+        # here, as matplotlib takes its time
+        from dials_diffuse.report.correction_pictures import draw_corrections
+
         for name in draw_corrections(params.output.corrections, experiments, settings):
             logger.info("Wrote the pictures of the corrections to %s", name)
     with contextlib.ExitStack() as stack:
@@ -199,94 +160,7 @@ def write_output(
     return found, summaries
 
 
-DROPPED = {
-    "none": "value not trusted, or in the moving shadow of the goniometer",
-    "ellipsoid": "value not trusted, or near Bragg positions without a sum",
-    "auto": "value not trusted, or near Bragg positions without a sum",
-    "shoebox": "in boxes of predicted spots, or value not trusted",
-    "statistical": "in voxels that stand out, or value not trusted",
-}
-
-
-def extraction_figures(
-    params: Any, prepared: Prepared, found: Extracted
-) -> dict[str, Any]:
-    """The figures of images, pixels and observations."""
-    experiments, grid = prepared.experiments, prepared.grid
-    settings, peaks = prepared.settings, found.peaks
-    blocks = make_blocks(experiments, settings.block_width, prepared.rejected)
-    with ObservationFile(params.output.reflections) as table:
-        totals = observation_totals(table, blocks)
-    sums = {name: float(values.sum()) for name, values in totals.blocks.items()}
-    n_pixels = int(sums["n_pixels"])
-    static = count_static_pixels(experiments, blocks, grid, settings)
-    n_images = [len(images_of(experiment)) for experiment in experiments]
-    group = experiments[0].crystal.get_space_group()
-    return {
-        "grid": {
-            **dataclasses.asdict(grid),
-            "space_group": str(group.info()),
-            "laue_group": str(grid.laue_group.info()),
-            "shape": grid.shape,
-        },
-        "images": {
-            "n_experiments": len(experiments),
-            "n_crystals": len(experiments.crystals()),
-            "n_images": sum(n_images),
-            "n_used": sum(map(len, blocks)),
-            "n_blocks": len(blocks),
-            "lattices_share_images": any(shared_images(experiments)),
-        },
-        "experiments": {
-            "identifier": list(experiments.identifiers()),
-            "first_image": [images_of(e).start + 1 for e in experiments],
-            "n_images": n_images,
-        },
-        "pixels": {
-            **pixels_record(static, peaks, n_pixels),
-            "dropped_are": DROPPED[settings.bragg.exclusion],
-        },
-        "observations": {
-            "n": found.n_rows,
-            "photons": sums["photons"],
-            "pixels_each": n_pixels / found.n_rows,
-            "photons_per_pixel": sums["photons"] / n_pixels,
-            "background_per_pixel": sums["background"] / n_pixels,
-        },
-        "blocks": blocks_record(totals, blocks),
-        "shells": shells_record(totals, peaks, experiments, grid),
-        "bragg": bragg_record(peaks, experiments, settings),
-    }
-
-
-def geometry_figures(prepared: Prepared) -> dict[str, Any] | None:
-    """The figures of spots against their Bragg positions, as ``prepare`` has judged them."""
-    if prepared.reflections is None:
-        return None
-    images = image_residuals(prepared.experiments, prepared.reflections)
-    geometry, grid = prepared.settings.geometry, prepared.grid
-    tolerance = geometry.tolerance
-    given = tolerance is not None
-    if not given:
-        tolerance = automatic_tolerance(images, grid.cell, grid.ndiv)
-    return geometry_record(images, tolerance, given, geometry.reject_images)
-
-
-def indexing_note(settings: ExtractionSettings, n_crystals: int) -> str:
-    """Why there are no figures of the indexing settings."""
-    if settings.indexing.consistent == "none":
-        return "Crystals were left in the setting they had (indexing.consistent=none)"
-    if n_crystals < 2:
-        return "One crystal model: there is nothing to agree with"
-    return "No choice: the lattice has no more symmetry than the Laue group"
-
-
-def write_report(
-    params: Any,
-    record: dict[str, Any],
-    experiments: ExperimentList,
-    settings: ExtractionSettings,
-) -> None:
+def write_report(params: Any, record: dict[str, Any], prepared: Prepared) -> None:
     """Write the record as JSON and as a page, as far as they have names."""
     if params.output.json:
         with atomic_path(params.output.json) as path:
@@ -294,10 +168,11 @@ def write_report(
             path.write_text(text + "\n", encoding="utf-8")
         logger.info("Wrote the figures to %s", params.output.json)
     if params.output.html:
-        first = detector_groups(experiments)[0]
-        figure = plot_corrections([experiments[i] for i in first], settings)
+        # here, as matplotlib takes its time
+        from dials_diffuse.report.extraction import render_page
+
         with atomic_path(params.output.html) as path:
-            path.write_text(render_page(record, figure), encoding="utf-8")
+            path.write_text(render_page(record, prepared), encoding="utf-8")
         logger.info("Wrote the report to %s", params.output.html)
 
 
@@ -315,24 +190,6 @@ def with_files(
             background.check_counting(settings.gain, settings.trusted_range)
             check_images(background, experiments)
     return dataclasses.replace(settings, **given_mask(params.mask, experiments))
-
-
-def in_one_setting(
-    experiments: ExperimentList,
-    reflections: flex.reflection_table | None,
-    settings: ExtractionSettings,
-) -> tuple[ExperimentList, flex.reflection_table | None, Indexing | None]:
-    """Experiments and reflections in one indexing setting, and how it was found."""
-    if settings.indexing.consistent != "auto":
-        return experiments, reflections, None
-    grid = make_grid(experiments, settings)
-    indexing = find_indexing(experiments, grid, settings, settings.indexing.in_doubt)
-    if indexing is None:
-        return experiments, reflections, None
-    log_indexing(indexing)
-    if reflections is not None:
-        reflections = apply_to_reflections(reflections, indexing)
-    return apply_to_experiments(experiments, indexing), reflections, indexing
 
 
 def load_input(
@@ -355,11 +212,11 @@ def load_input(
     return experiments, reflections, settings
 
 
-def process(params: Any, phil: str) -> dict[str, Any]:
+def process(params: Any, phil: str) -> dict[str, Any] | None:
     """Read the input, extract, write the output.
 
     Returns:
-        The figures of the report, as in the JSON file.
+        The figures of the report, as in the JSON file; None if no file is to have them.
 
     Raises:
         ValueError: The input or a parameter will not do, or no pixel is left.
@@ -367,36 +224,19 @@ def process(params: Any, phil: str) -> dict[str, Any]:
     check_output(params)
     warnings: list[str] = []
     with collect_warnings(warnings):
-        before, reflections, settings = load_input(params)
-        experiments, reflections, indexing = in_one_setting(
-            before, reflections, settings
-        )
-        done = dataclasses.replace(settings, indexing=IndexingSettings("none"))
-        prepared = prepare(experiments, reflections, done)
+        experiments, reflections, settings = load_input(params)
+        prepared = prepare(experiments, reflections, settings)
         found, summaries = write_output(params, phil, prepared)
+    if not (params.output.html or params.output.json):
+        return None
+    names = ("experiments", "reflections", "bragg", "json")
     record = {
         "inputs": input_names(params),
-        "output": {
-            name: getattr(params.output, name)
-            for name in ("experiments", "reflections", "bragg", "json")
-        },
-        "versions": {
-            "dials": dials_version(),
-            "dials_diffuse": dials_diffuse.__version__,
-        },
+        "output": {name: getattr(params.output, name) for name in names},
         "warnings": warnings,
-        "background": params.background,
-        "has_reflections": reflections is not None,
-        "geometry": geometry_figures(prepared),
-        "indexing": indexing and indexing_record(indexing, list(before.identifiers())),
-        "indexing_note": indexing_note(settings, len(before.crystals())),
-        "corrections": corrections_record(
-            summaries, prepared.experiments, prepared.settings
-        ),
-        **extraction_figures(params, prepared, found),
+        **extraction_record(experiments, prepared, found, summaries),
     }
-    record = finite(record)
-    write_report(params, record, prepared.experiments, prepared.settings)
+    write_report(params, record, prepared)
     return record
 
 

@@ -8,7 +8,7 @@ DIALS. Of stills each is indexed by itself (dials.stills_process), then all are 
 together. A mask of faulty and shadowed pixels is made by dials.diffuse_mask and, if
 background.method or images without the crystal are given, a background by
 dials.diffuse_background. With them the diffuse scattering is extracted and merged by
-dials.diffuse_extract and dials.diffuse_merge.
+dials.diffuse_extract, scaled by dials.diffuse_scale and merged by dials.diffuse_merge.
 
 Parameters of DIALS' programs are passed on as find_spots.options="name=value ...", or
 in a file find_spots.phil=name.phil; likewise import, index, stills_process,
@@ -64,9 +64,11 @@ from dials_diffuse.command_line import (
     diffuse_extract,
     diffuse_mask,
     diffuse_merge,
+    diffuse_scale,
 )
-from dials_diffuse.extraction.settings import ExtractionSettings
+from dials_diffuse.extraction.settings import BraggSettings, ExtractionSettings
 from dials_diffuse.geometry.validation import automatic_tolerance, image_residuals
+from dials_diffuse.grid import Grid
 from dials_diffuse.io.inputs import load_reflections, read_mask
 from dials_diffuse.io.maps import MapFile
 from dials_diffuse.io.masks import read_masks
@@ -106,8 +108,9 @@ from dials_diffuse.process.summary import (
     spots_summary,
 )
 from dials_diffuse.report.comparison import comparison_section, plot_comparison
-from dials_diffuse.simulation.comparison import compare
+from dials_diffuse.simulation.comparison import LEAVE_VOXELS_WHOLE, compare
 from dials_diffuse.util.command import (
+    collect_warnings,
     errors_in_one_line,
     load_phil,
     logged_work,
@@ -138,24 +141,9 @@ def new_record(params: Any) -> dict[str, Any]:
         "stages": [],
         **dict.fromkeys(("mode", "reason", "n_images")),
         **dict.fromkeys(("spots", "refinement", "crystal", "mask", "background")),
-        **dict.fromkeys(("indexing", "geometry", "extraction", "merging")),
+        **dict.fromkeys(("indexing", "geometry", "extraction", "scaling", "merging")),
         "truth": None,
     }
-
-
-@contextlib.contextmanager
-def collect_warnings(messages: list[str]) -> Iterator[None]:
-    """Append the warnings that our stages log to a list."""
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: messages.append(
-        record.getMessage().removeprefix("Warning: ")
-    )
-    parent = logging.getLogger("dials.diffuse")
-    parent.addHandler(handler)
-    try:
-        yield
-    finally:
-        parent.removeHandler(handler)
 
 
 @contextlib.contextmanager
@@ -380,11 +368,36 @@ def _extract(name: str, arguments: list[str], log: str, outputs: Any) -> None:
     diffuse_extract.process(params, parser.phil.as_str())
 
 
+def scale_stage(
+    params: Any, changes: libtbx.phil.scope, record: dict[str, Any]
+) -> Stage:
+    """Scaling; what came of it goes to the record."""
+    output = params.extract.output
+    arguments = [output.experiments, output.reflections]
+    arguments += without(changed_parameters(changes, "scale"), "make")
+
+    def scale(name: str, arguments: list[str], log: str, outputs: Any) -> None:
+        parser = diffuse_scale.make_parser()
+        scale_params, _, files = parse_arguments(parser, arguments)
+        diffuse_scale.check_arguments(scale_params, files)
+        found = diffuse_scale.process(scale_params, parser.phil.as_str(), files)
+        record["scaling"] = found.summary()
+
+    own = params.scale.output
+    return Stage(
+        name="dials.diffuse_scale",
+        arguments=lambda: arguments,
+        outputs=(own.experiments, own.reflections),
+        log=params.output.log,
+        execute=scale,
+    )
+
+
 def merge_stage(
     params: Any, changes: libtbx.phil.scope, record: dict[str, Any]
 ) -> Stage:
     """Merging; the statistics go to the record."""
-    output = params.extract.output
+    output = params.scale.output if params.scale.make else params.extract.output
     arguments = [output.experiments, output.reflections]
     arguments += changed_parameters(changes, "merge")
 
@@ -474,6 +487,7 @@ def run_all(
         stages.append(background_stage(params, settings, changes, record))
     stages += [
         extract_stage(params, settings, changes),
+        *([scale_stage(params, changes, record)] if params.scale.make else []),
         merge_stage(params, changes, record),
     ]
     for stage in (*first, *stages):
@@ -550,6 +564,26 @@ def log_record(record: dict[str, Any]) -> None:
         logger.info("Unit cell %s, space group %s", cell, crystal["space_group"])
 
 
+def known_exclusion(bragg: BraggSettings, grid: Grid) -> tuple[float, ...] | None:
+    """The ellipsoid about Bragg positions that cuts voxels; warns if there is another.
+
+    Args:
+        bragg: The settings of extraction.
+        grid: The voxel grid.
+
+    Returns:
+        As ``BraggSettings.metric``.
+    """
+    exclusion = bragg.metric(grid.cell, grid.rotations)
+    if exclusion is None and bragg.exclusion not in LEAVE_VOXELS_WHOLE:
+        logger.warning(
+            "Warning: voxels that bragg.exclusion=%s cuts are not known here and are "
+            "compared as if they were whole",
+            bragg.exclusion,
+        )
+    return exclusion
+
+
 def compare_with_truth(params: Any, record: dict[str, Any]) -> tuple[str, str]:
     """Compare the map with the truth of a simulation.
 
@@ -566,13 +600,7 @@ def compare_with_truth(params: Any, record: dict[str, Any]) -> tuple[str, str]:
     logger.info("\n== Comparison with %s", params.truth)
     with MapFile(params.merge.output.map) as merged, TruthFile(params.truth) as truth:
         bragg = ExtractionSettings.from_phil(params.extract).bragg
-        exclusion = bragg.metric(merged.grid.cell, merged.grid.rotations)
-        if exclusion is None and bragg.exclusion != "none":
-            logger.warning(
-                "Warning: voxels that bragg.exclusion=%s cuts are not known here and are "
-                "compared as if they were whole",
-                bragg.exclusion,
-            )
+        exclusion = known_exclusion(bragg, merged.grid)
         comparison = compare(merged, truth, exclusion=exclusion)
     for name, text in comparison.summary():
         logger.info("%s: %s", name, text)
@@ -726,6 +754,7 @@ def make_paths_absolute(params: Any) -> None:
     for scope, name in (
         (params.extract, "mask"),
         (params.extract, "background"),
+        (params.scale, "reference"),
         (params, "truth"),
     ):
         if getattr(scope, name):
@@ -733,6 +762,7 @@ def make_paths_absolute(params: Any) -> None:
     for scope, name in (
         (params.mask, "mask"),
         (params.background.images, "experiments"),
+        (params.scale, "bragg_reference"),
     ):
         paths = map(os.path.abspath, filter(None, getattr(scope, name)))
         setattr(scope, name, list(paths))

@@ -42,7 +42,6 @@ from dxtbx.model.experiment_list import ExperimentList
 import dials.util
 from dials.util import tabulate
 from dials.util.options import ArgumentParser, flatten_experiments
-from dials_diffuse.command_line.diffuse_mask import collected_warnings
 from dials_diffuse.io.inputs import check_identifiers
 from dials_diffuse.io.maps import read_map
 from dials_diffuse.io.observations import (
@@ -60,6 +59,7 @@ from dials_diffuse.scaling.models import scaling_models
 from dials_diffuse.scaling.scale import Scaling, scale
 from dials_diffuse.scaling.selection import agreement, gains, parse_excluded
 from dials_diffuse.util.command import (
+    collect_warnings,
     errors_in_one_line,
     load_phil,
     logged_work,
@@ -278,7 +278,8 @@ def process(params: Any, phil: str, files: Sequence[str]) -> Scaling:
     experiments = flatten_experiments(params.input.experiments)
     inputs = [*(item.filename for item in params.input.experiments), *files]
     with contextlib.ExitStack() as stack:
-        warnings = stack.enter_context(collected_warnings())
+        warnings: list[str] = []
+        stack.enter_context(collect_warnings(warnings))
         tables = [stack.enter_context(ObservationFile(path)) for path in files]
         check_tables(tables)
         scaling, reader = scale_experiments(experiments, tables, params)

@@ -42,6 +42,14 @@
 #define DIALS_DIFFUSE_INLINE inline
 #endif
 
+#if defined(__GNUC__)
+#define DIALS_DIFFUSE_PREFETCH(address) __builtin_prefetch(address, 1)
+#define DIALS_DIFFUSE_RESTRICT __restrict__
+#else
+#define DIALS_DIFFUSE_PREFETCH(address)
+#define DIALS_DIFFUSE_RESTRICT
+#endif
+
 namespace dials_diffuse {
 
 /* What is fixed for a panel and a beam: arrays of nslow x nfast elements, slow axis
@@ -196,7 +204,8 @@ class VoxelTable {
 public:
   explicit VoxelTable(const Places &places) : page_of_brick_(places.n_bricks(), -1) {}
 
-  Sums &find(int place) {
+  /* Number of the sums of a voxel, which are made if there are none */
+  int find(int place) {
     int page = page_of_brick_[place >> 6];
     if (page < 0) page = new_page(place >> 6);
     int &slot = slots_[std::size_t(page) * 64 + (place & 63)];
@@ -205,7 +214,11 @@ public:
       Sums empty = {place, 0, 0, 0, 0, 0, 0, 0, 0};
       sums_.push_back(empty);
     }
-    return sums_[slot];
+    return slot;
+  }
+
+  Sums &operator[](int number) {
+    return sums_[number];
   }
 
   const std::vector<Sums> &sums() const {
@@ -460,7 +473,7 @@ inline void trusted_limits(const PanelView &p, double &lowest, double &highest) 
 
 /* Sum of the values before each pixel; a type in which integers stay exact. Rejected
  * floating-point values may be NaN or infinite and must not enter. */
-inline void add_up(const int *data, const int *, int n, std::vector<int64_t> &sums) {
+inline void add_up(const int *data, const int *, int n, int64_t *sums) {
   int64_t sum = 0;
   for (int i = 0; i < n; ++i) {
     sums[i] = sum;
@@ -468,14 +481,35 @@ inline void add_up(const int *data, const int *, int n, std::vector<int64_t> &su
   }
   sums[n] = sum;
 }
-inline void add_up(const double *data,
-                   const int *places,
-                   int n,
-                   std::vector<double> &sums) {
+inline void add_up(const double *data, const int *places, int n, double *sums) {
   double sum = 0;
   for (int i = 0; i < n; ++i) {
     sums[i] = sum;
     sum += places[i] == NOWHERE ? 0.0 : data[i];
+  }
+  sums[n] = sum;
+}
+
+/* The same of single-precision values. In double precision their sums are exact, unless
+ * some are 10^5 times as large as others. Four at a time, as each sum waits for the one
+ * before. */
+inline void add_up(const float *data, const int *places, int n, double *sums) {
+  double sum = 0;
+  int i = 0;
+  for (; i + 4 <= n; i += 4) {
+    const double a = places[i] == NOWHERE ? 0.0f : data[i];
+    const double b = places[i + 1] == NOWHERE ? 0.0f : data[i + 1];
+    const double c = places[i + 2] == NOWHERE ? 0.0f : data[i + 2];
+    const double d = places[i + 3] == NOWHERE ? 0.0f : data[i + 3];
+    sums[i] = sum;
+    sums[i + 1] = sum + a;
+    sums[i + 2] = sum + (a + b);
+    sums[i + 3] = sum + (a + b + c);
+    sum += (a + b) + (c + d);
+  }
+  for (; i < n; ++i) {
+    sums[i] = sum;
+    sum += places[i] == NOWHERE ? 0.0f : data[i];
   }
   sums[n] = sum;
 }
@@ -625,11 +659,12 @@ DIALS_DIFFUSE_CLONES inline void find_on_profile(const Background &background,
 }
 
 /* Adds the profile, an intensity, at n pixels of a row */
-DIALS_DIFFUSE_CLONES inline void add_profile(const float *profile,
-                                             const int *before,
-                                             const float *fraction,
-                                             int n,
-                                             float *out) {
+DIALS_DIFFUSE_CLONES inline void add_profile(
+  const float *DIALS_DIFFUSE_RESTRICT profile,
+  const int *DIALS_DIFFUSE_RESTRICT before,
+  const float *DIALS_DIFFUSE_RESTRICT fraction,
+  int n,
+  float *DIALS_DIFFUSE_RESTRICT out) {
   for (int i = 0; i < n; ++i) {
     float low = profile[before[i]], high = profile[before[i] + 1];
     out[i] += low + fraction[i] * (high - low);
@@ -687,15 +722,70 @@ inline void drop_unmeasured(const Background &b, std::size_t at, int n, int *pla
     places[i] = b.base[at + i] == b.base[at + i] ? places[i] : NOWHERE;
 }
 
+/* Whether each of n pixels can be used in any image: not masked, and within the
+ * resolution limits. The same arithmetic as in `voxels_of_pixels`. */
+DIALS_DIFFUSE_CLONES inline void find_usable(const Frame &frame,
+                                             const float *ex,
+                                             const float *ey,
+                                             const float *ez,
+                                             const int *weight,
+                                             int n,
+                                             int *usable) {
+  const Frame f = frame;
+  for (int i = 0; i < n; ++i) {
+    float rx = ex[i] * f.inv_wavelength - f.s0[0];
+    float ry = ey[i] * f.inv_wavelength - f.s0[1];
+    float rz = ez[i] * f.inv_wavelength - f.s0[2];
+    float s2 = rx * rx + ry * ry + rz * rz;
+    usable[i] = (s2 >= f.s2_min) & (s2 <= f.s2_max) & (weight[i] > 0);
+  }
+}
+
+/* The pixels of a row from the first to the last that can be used. Only these are
+ * looked at in every image: of a square detector, limited to the largest whole circle,
+ * a fifth is beyond it. */
+struct Span {
+  int first, last;  // first <= i < last
+
+  Span() : first(0), last(0), row_(-1) {}
+
+  /* Finds them, unless they are known from the image before, of the same sweep */
+  void find(const PanelView &p, int row, const Frame &f, std::vector<int> &scratch) {
+    if (row == row_ && inv_wavelength_ == f.inv_wavelength && s2_min_ == f.s2_min
+        && s2_max_ == f.s2_max && std::equal(s0_, s0_ + 3, f.s0))
+      return;
+    row_ = row;
+    inv_wavelength_ = f.inv_wavelength;
+    s2_min_ = f.s2_min;
+    s2_max_ = f.s2_max;
+    std::copy(f.s0, f.s0 + 3, s0_);
+    const std::size_t at = std::size_t(row) * p.nfast;
+    int *usable = &scratch[0];
+    find_usable(f, p.ex + at, p.ey + at, p.ez + at, p.weight + at, p.nfast, usable);
+    first = 0;
+    last = p.nfast;
+    while (first < last && !usable[first])
+      ++first;
+    while (first < last && !usable[last - 1])
+      --last;
+  }
+
+private:
+  int row_;
+  float inv_wavelength_, s2_min_, s2_max_, s0_[3];
+};
+
 /* Scratch space for one row of n pixels */
 template <typename T>
 struct Row {
   std::vector<int> places;                  // where each pixel belongs
   std::vector<float> background, variance;  // photons, photons^2 of each pixel
   ProfilePlaces on_profile;
-  std::vector<int> begin, end;  // runs of neighbouring pixels in one voxel
+  std::vector<int> begin;  // of each run of neighbouring pixels in one voxel, and n
+  std::vector<int> sums;   // number of the sums of each run, or -1
   std::vector<typename sum_of<T>::type> values;  // sum before each pixel
   std::vector<int64_t> weights;                  // likewise
+  std::vector<double> backgrounds, variances;    // likewise
 
   explicit Row(int n)
       : places(n),
@@ -703,16 +793,20 @@ struct Row {
         variance(n),
         on_profile(n),
         begin(n + 1),
-        end(n + 1),
+        sums(n),
         values(n + 1),
-        weights(n + 1) {}
+        weights(n + 1),
+        backgrounds(n + 1),
+        variances(n + 1) {}
 
-  /* The background of each pixel and its variance */
+  /* The background of each pixel and its variance, and their sums */
   void find_background(const Background &b,
                        const Frame &frame,
                        const PanelView &p,
-                       int row) {
+                       int row,
+                       const Span &span) {
     const int n = int(places.size());
+    const int first = span.first, n_used = span.last - span.first;
     const std::size_t at = std::size_t(row) * n;
     float *out = &background[0];
     std::fill(out, out + n, 0.0f);
@@ -723,52 +817,74 @@ struct Row {
         find_on_profile(b, frame, p.ex + at, p.ey + at, p.ez + at, n, before, fraction);
         on_profile.set(row, b, frame);
       }
-      add_profile(b.profile, before, fraction, n, out);
+      add_profile(b.profile, before + first, fraction + first, n_used, out + first);
     }
     if (b.grid) add_grid(b, row, n, out);
-    to_photons(b, p.weight + at, at, n, out, &variance[0]);
+    const std::size_t from = at + first;
+    to_photons(b, p.weight + from, from, n_used, out + first, &variance[first]);
+    add_up(out + first, &places[first], n_used, &backgrounds[first]);
+    if (b.base) add_up(&variance[first], &places[first], n_used, &variances[first]);
   }
 
-  /* Finds the runs and returns their number; without branches, as a run ends every
-   * few pixels and no processor could predict where. */
-  int find_runs() {
-    const int n = int(places.size());
-    int n_begin = 0, n_end = 0, previous = NOWHERE;
-    for (int i = 0; i < n; ++i) {
-      const int place = places[i];
-      const bool differs = place != previous;
-      begin[n_begin] = i;
-      n_begin += differs & (place != NOWHERE);
-      end[n_end] = i;
-      n_end += differs & (previous != NOWHERE);
-      previous = place;
+  /* Finds the runs of the pixels of a span and returns their number; without branches,
+   * as a run ends every few pixels and no processor could predict where. Pixels that
+   * belong nowhere make runs too. */
+  int find_runs(const Span &span) {
+    const int *place = &places[0];
+    int *first = &begin[0];
+    int run = 0;
+    first[0] = span.first;
+    for (int i = span.first + 1; i < span.last; ++i) {
+      first[run + 1] = i;
+      run += place[i] != place[i - 1];
     }
-    end[n_end] = n;
-    return n_begin;
+    first[run + 1] = span.last;
+    return run + 1;
   }
 };
 
-/* Adds the runs of one row to their voxels: neighbouring pixels mostly share one. */
+/* Finds the sums that each run of a row is added to */
+template <typename T>
+void find_sums(Row<T> &row,
+               int n_runs,
+               const PanelView &p,
+               const Frame &f,
+               const Places &all,
+               int y,
+               VoxelTable &table) {
+  const std::size_t at = std::size_t(y) * p.nfast;
+  for (int r = 0; r < n_runs; ++r) {
+    int place = row.places[row.begin[r]];
+    if (place < NOWHERE) {
+      const std::size_t i = at + row.begin[r];
+      place = place_of_peak(f, all, p.ex[i], p.ey[i], p.ez[i], -2 - place);
+    }
+    row.sums[r] = place == NOWHERE ? -1 : table.find(place);
+  }
+}
+
+/* Adds the runs of one row to their voxels: neighbouring pixels mostly share one. The
+ * sums are spread over more memory than processors keep at hand, so they are fetched
+ * `AHEAD` runs before they are needed. */
 template <typename T>
 void add_runs(Row<T> &row,
               const PanelView &p,
               const Frame &f,
               const Places &all,
               int y,
+              const Span &span,
               const Background *background,
               VoxelTable &table) {
-  const int n_runs = row.find_runs();
-  const std::size_t at = std::size_t(y) * p.nfast;
+  const int AHEAD = 16;
+  const int n_runs = row.find_runs(span);
+  find_sums(row, n_runs, p, f, all, y, table);
   for (int r = 0; r < n_runs; ++r) {
-    const int begin = row.begin[r], end = row.end[r];
+    if (r + AHEAD < n_runs && row.sums[r + AHEAD] >= 0)
+      DIALS_DIFFUSE_PREFETCH(&table[row.sums[r + AHEAD]]);
+    if (row.sums[r] < 0) continue;
+    const int begin = row.begin[r], end = row.begin[r + 1];
     const double n = end - begin;
-    int place = row.places[begin];
-    if (place < NOWHERE) {
-      const std::size_t i = at + begin;
-      place = place_of_peak(f, all, p.ex[i], p.ey[i], p.ez[i], -2 - place);
-      if (place == NOWHERE) continue;
-    }
-    Sums &sums = table.find(place);
+    Sums &sums = table[row.sums[r]];
     sums.value += double(row.values[end] - row.values[begin]);
     sums.weight += double(row.weights[end] - row.weights[begin]);
     sums.x += 0.5 * n * (begin + end);  // pixel centres are at i + 1/2
@@ -776,15 +892,8 @@ void add_runs(Row<T> &row,
     sums.z += n * f.z;
     sums.n_pixels += end - begin;
     if (!background) continue;
-    double sum = 0;
-    for (int i = begin; i < end; ++i)
-      sum += row.background[i];
-    sums.background += sum;
-    if (!background->base) continue;
-    sum = 0;
-    for (int i = begin; i < end; ++i)
-      sum += row.variance[i];
-    sums.variance += sum;
+    sums.background += row.backgrounds[end] - row.backgrounds[begin];
+    if (background->base) sums.variance += row.variances[end] - row.variances[begin];
   }
 }
 
@@ -832,29 +941,34 @@ void add_rows(const PanelView &p,
   const int n = p.nfast;
   Row<T> r(n);
   std::vector<int> scratch(n);
+  Span span;
   int *places = &r.places[0];
   T lowest, highest;
   trusted_limits(p, lowest, highest);
   for (int row = first; row < last; ++row) {
     const std::size_t at = std::size_t(row) * n;
-    const float *ex = p.ex + at, *ey = p.ey + at, *ez = p.ez + at;
-    add_up(p.weight + at, places, n, r.weights);
+    add_up(p.weight + at, places, n, &r.weights[0]);
     for (std::size_t i = 0; i < images.size(); ++i) {
       const Frame f = frame_of_row(images[i].frame, row);
       const T *data = images[i].data + at;
       const Extras *extras = images[i].extras;
-      voxel_places(f, all.voxels, ex, ey, ez, n, places);
-      reject(data, p.weight + at, lowest, highest, n, places);
+      span.find(p, row, f, scratch);
+      const int x0 = span.first, n_used = span.last - span.first;
+      if (n_used == 0) continue;
+      const std::size_t from = at + x0;
+      int *used = places + x0;
+      voxel_places(f, all.voxels, p.ex + from, p.ey + from, p.ez + from, n_used, used);
+      reject(data + x0, p.weight + from, lowest, highest, n_used, used);
       if (extras) {
         drop_others(extras->others, p, all, row, scratch, places);
         extras->rectangles.apply(all, row, n, places);
-        drop_unmeasured(extras->background, at, n, places);
+        drop_unmeasured(extras->background, from, n_used, used);
       }
-      add_up(data, places, n, r.values);
+      add_up(data + x0, used, n_used, &r.values[x0]);
       const Background *background = 0;
       if (extras && extras->background.any()) background = &extras->background;
-      if (background) r.find_background(*background, f, p, row);
-      add_runs(r, p, f, all, row, background, table);
+      if (background) r.find_background(*background, f, p, row, span);
+      add_runs(r, p, f, all, row, span, background, table);
     }
   }
 }

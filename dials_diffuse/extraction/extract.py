@@ -30,6 +30,7 @@ from dials_diffuse.extraction.tables import (
     detector_tables,
     table_keys,
 )
+from dials_diffuse.extraction.totals import ObservationTotals
 from dials_diffuse.grid import Grid
 from dials_diffuse.io.observations import ObservationWriter
 from dials_diffuse.util.parallel import FORK, forked_results
@@ -81,10 +82,14 @@ class Extracted(NamedTuple):
     Attributes:
         n_rows: Number of observations in the table.
         peaks: Bragg intensities of the peaks that are not in it.
+        blocks: The blocks of images that the observations were made from.
+        totals: Sums over the observations.
     """
 
     n_rows: int
     peaks: PeakIntensities
+    blocks: tuple[Block, ...]
+    totals: ObservationTotals
 
 
 _job: Job | None = None
@@ -196,7 +201,8 @@ def extract(
         rejected: Experiment and array index of images to leave out.
 
     Returns:
-        The number of observations, and the Bragg intensities of the peaks left out.
+        The number of observations, the Bragg intensities of the peaks left out, and sums
+        over the observations.
 
     Raises:
         ValueError: An image cannot be read, or no pixel is left.
@@ -215,7 +221,8 @@ def extract(
                     "%d voxels stand out of those around them and are left out",
                     len(left_out),
                 )
-            n_beyond, peaks = merge_runs(paths, grid, writer, left_out)
+            totals = ObservationTotals(grid, job.blocks)
+            n_beyond, peaks = merge_runs(paths, grid, writer, left_out, totals)
     _report(results, len(job.blocks), writer.n_rows, n_beyond)
     if writer.n_rows == 0:
         raise ValueError(
@@ -223,7 +230,7 @@ def extract(
             "limits and bragg.semi_axes"
         )
     intensities = peak_intensities(peaks, experiments, grid, settings)
-    return Extracted(writer.n_rows, intensities)
+    return Extracted(writer.n_rows, intensities, job.blocks, totals)
 
 
 def _folder_beside(path: Path) -> tempfile.TemporaryDirectory:

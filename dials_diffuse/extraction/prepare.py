@@ -22,12 +22,14 @@ from dials_diffuse.extraction.geometry_report import log_images
 from dials_diffuse.extraction.indexing_report import log_indexing
 from dials_diffuse.extraction.reference import make_grid
 from dials_diffuse.extraction.reindexing import (
+    Indexing,
     apply_to_experiments,
     apply_to_reflections,
     find_indexing,
 )
 from dials_diffuse.extraction.settings import ExtractionSettings
 from dials_diffuse.geometry.validation import (
+    ImageResiduals,
     automatic_tolerance,
     image_residuals,
     images_to_reject,
@@ -47,6 +49,9 @@ class Prepared:
         grid: The voxel grid.
         settings: Of extraction, with what was found about Bragg peaks.
         rejected: Experiment and array index of each image to leave out.
+        indexing: How the setting was found; None if there was no choice.
+        images: Where the spots of each image fall; None without reflections.
+        tolerance: Largest mean distance of an image in order, Å⁻¹; None likewise.
     """
 
     experiments: ExperimentList
@@ -54,6 +59,9 @@ class Prepared:
     grid: Grid
     settings: ExtractionSettings
     rejected: frozenset[tuple[int, int]] = frozenset()
+    indexing: Indexing | None = None
+    images: ImageResiduals | None = None
+    tolerance: float | None = None
 
 
 def prepare(
@@ -71,32 +79,46 @@ def prepare(
     Raises:
         ValueError: No image is left, or what is needed to find Bragg peaks is missing.
     """
+    indexing = None
     if settings.indexing.consistent == "auto":
-        experiments, reflections = _in_one_setting(experiments, reflections, settings)
+        indexing = _find_indexing(experiments, settings)
+    if indexing is not None:
+        experiments = apply_to_experiments(experiments, indexing)
+        if reflections is not None:
+            reflections = apply_to_reflections(reflections, indexing)
     grid = make_grid(experiments, settings)
     if reflections is None and settings.geometry.reject_images:
         raise ValueError(
             "geometry.reject_images=True needs the reflection table of the experiments: "
             "give the .refl of dials.index or dials.refine"
         )
-    rejected = frozenset()
+    images, tolerance, rejected = None, None, frozenset()
     if reflections is not None:
-        rejected = _images_out_of_order(experiments, reflections, grid, settings)
+        images = image_residuals(experiments, reflections)
+        tolerance = settings.geometry.tolerance
+        if tolerance is None:
+            tolerance = automatic_tolerance(images, grid.cell, grid.ndiv)
+        rejected = _images_out_of_order(experiments, images, tolerance, settings)
     settings = _with_peaks(experiments, reflections, grid, settings, rejected)
-    return Prepared(experiments, reflections, grid, settings, rejected)
+    return Prepared(
+        experiments,
+        reflections,
+        grid,
+        settings,
+        rejected,
+        indexing,
+        images,
+        tolerance,
+    )
 
 
 def _images_out_of_order(
     experiments: ExperimentList,
-    reflections: flex.reflection_table,
-    grid: Grid,
+    images: ImageResiduals,
+    tolerance: float,
     settings: ExtractionSettings,
 ) -> frozenset[tuple[int, int]]:
     """Experiment and array index of the images to leave out."""
-    images = image_residuals(experiments, reflections)
-    tolerance = settings.geometry.tolerance
-    if tolerance is None:
-        tolerance = automatic_tolerance(images, grid.cell, grid.ndiv)
     reject = settings.geometry.reject_images
     log_images(images, tolerance, reject)
     rejected = images_to_reject(images, tolerance) if reject else frozenset()
@@ -154,20 +176,12 @@ def _with_peaks(
     return dataclasses.replace(settings, shoeboxes=shoeboxes)
 
 
-def _in_one_setting(
-    experiments: ExperimentList,
-    reflections: flex.reflection_table | None,
-    settings: ExtractionSettings,
-) -> tuple[ExperimentList, flex.reflection_table | None]:
-    indexing = find_indexing(
-        experiments,
-        make_grid(experiments, settings),
-        settings,
-        settings.indexing.in_doubt,
-    )
-    if indexing is None:
-        return experiments, reflections
-    log_indexing(indexing)
-    if reflections is not None:
-        reflections = apply_to_reflections(reflections, indexing)
-    return apply_to_experiments(experiments, indexing), reflections
+def _find_indexing(
+    experiments: ExperimentList, settings: ExtractionSettings
+) -> Indexing | None:
+    """The setting of each crystal that agrees with the others, if there is a choice."""
+    grid = make_grid(experiments, settings)
+    indexing = find_indexing(experiments, grid, settings, settings.indexing.in_doubt)
+    if indexing is not None:
+        log_indexing(indexing)
+    return indexing

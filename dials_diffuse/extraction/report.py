@@ -26,9 +26,9 @@ from dials_diffuse.extraction.tables import (
     panel_interpolation,
     table_keys,
 )
+from dials_diffuse.extraction.totals import ObservationTotals
 from dials_diffuse.geometry.interpolation import row_chunks
 from dials_diffuse.grid import Grid
-from dials_diffuse.io.observations import ObservationFile
 from dials_diffuse.merging.statistics import shell_number
 
 logger = logging.getLogger("dials.diffuse.extract")
@@ -37,16 +37,6 @@ logger = logging.getLogger("dials.diffuse.extract")
 MAX_SPREAD = 0.5
 
 MOST_KEYS = 20  # of detector, beam and mask whose pixels are counted
-N_SHELLS = 20  # of equal width in 1/d
-SLAB_ROWS = 1_000_000  # of the table, read at once
-
-# Columns of the table that are summed
-SUMMED = {
-    "n_pixels": "num_pixels.valid",
-    "photons": "counts",
-    "background": "background.sum.value",
-    "normalisation": "normalisation",
-}
 
 
 def format_cell(unit_cell: Sequence[float]) -> str:
@@ -238,67 +228,6 @@ def pixels_record(
         "used": n_used,
         "is_estimate": static.is_estimate,
     }
-
-
-@dataclasses.dataclass(frozen=True)
-class ObservationTotals:
-    """Sums over the observations of a table.
-
-    Attributes:
-        blocks: ``n_observations`` and those of ``SUMMED`` of each block of images.
-        shells: The same in shells of resolution.
-        edges: Limits of the shells, 1/Å, shape (n_shells + 1,).
-    """
-
-    blocks: dict[str, np.ndarray]
-    shells: dict[str, np.ndarray]
-    edges: np.ndarray
-
-
-def block_of_rows(
-    blocks: Sequence[Block], experiment: np.ndarray, z: np.ndarray
-) -> np.ndarray:
-    """Number of the block of each observation.
-
-    Args:
-        blocks: The blocks, in the order of experiments and images.
-        experiment: Number of the experiment, shape (n,).
-        z: Mean position in the scan, images, shape (n,).
-    """
-    starts = np.array([(b.experiment, b.array_indices.start) for b in blocks])
-    most = max(int(starts[:, 1].max()), int(z.max(initial=0))) + 1
-    keys = starts[:, 0] * most + starts[:, 1]
-    wanted = experiment.astype(np.int64) * most + np.floor(z).astype(np.int64)
-    return np.clip(np.searchsorted(keys, wanted, side="right") - 1, 0, None)
-
-
-def observation_totals(
-    table: ObservationFile, blocks: Sequence[Block]
-) -> ObservationTotals:
-    """Sums over all observations, by block of images and by resolution.
-
-    Args:
-        table: The observations.
-        blocks: The blocks they were made from.
-    """
-    grid = table.grid
-    low = 1 / grid.d_max if grid.d_max else 0.0
-    edges = np.linspace(low, 1 / grid.d_min, N_SHELLS + 1)
-    names = ("n_observations", *SUMMED)
-    by_block = {name: np.zeros(len(blocks)) for name in names}
-    by_shell = {name: np.zeros(N_SHELLS) for name in names}
-    for start, stop in table.slabs(SLAB_ROWS):
-        columns = ["id", "xyzobs.px.value", "d", *SUMMED.values()]
-        rows = table.read(start, stop, columns)
-        d = rows["d"]
-        s = np.divide(1.0, d, out=np.zeros_like(d), where=d > 0)
-        block = block_of_rows(blocks, rows["id"], rows["xyzobs.px.value"][:, 2])
-        for sums, number in ((by_block, block), (by_shell, shell_number(s, edges))):
-            size = len(sums["n_observations"])
-            sums["n_observations"] += np.bincount(number, minlength=size)
-            for name, column in SUMMED.items():
-                sums[name] += np.bincount(number, rows[column], minlength=size)
-    return ObservationTotals(by_block, by_shell, edges)
 
 
 def blocks_record(

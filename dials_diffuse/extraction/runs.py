@@ -20,6 +20,7 @@ import numpy as np
 from dials_diffuse.bragg.points import PointGrid
 from dials_diffuse.bragg.statistical import bragg_voxels
 from dials_diffuse.extraction.loop import SUMS
+from dials_diffuse.extraction.totals import ObservationTotals
 from dials_diffuse.grid import Grid
 from dials_diffuse.io.observations import ObservationWriter
 
@@ -183,6 +184,7 @@ def merge_runs(
     grid: Grid,
     writer: ObservationWriter,
     left_out: np.ndarray | None = None,
+    totals: ObservationTotals | None = None,
 ) -> tuple[int, np.ndarray]:
     """Append the observations of all runs, sorted by voxel, to a table.
 
@@ -191,6 +193,7 @@ def merge_runs(
         grid: The voxel grid.
         writer: Writes the table.
         left_out: Keys of voxels to leave out, ascending.
+        totals: Gets what is written added.
 
     Returns:
         The number of observations left out because they lie beyond d_min in the
@@ -218,4 +221,6 @@ def merge_runs(
             columns = observation_columns(slab, grid)
             n_beyond += len(slab) - len(columns["id"])
             writer.append(columns)
+            if totals is not None:
+                totals.add(columns)
     return n_beyond, np.concatenate(peaks)

@@ -1,9 +1,9 @@
-"""What the corrections are: their ranges for the log, and pictures of them.
+"""What the corrections are: their ranges, for the log and for the report.
 
 Each factor of the normalisation of a pixel (polarization, solid angle, efficiency of the
 sensor, transmission of the gas on the way, exposure) is summarised for each detector in
-each beam, from some thousand pixels that stand for their neighbours. The pictures show
-the factors where the pixels are seen along the beam from the sample, as those of a mask.
+each beam, from some thousand pixels that stand for their neighbours. Pictures of them are made
+by ``correction_pictures``.
 """
 
 from __future__ import annotations
@@ -11,13 +11,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import os
-from pathlib import Path
 from typing import Any, NamedTuple, Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from dxtbx.model import Beam, Detector, Experiment, Panel
 from dxtbx.model.experiment_list import ExperimentList
@@ -32,18 +28,12 @@ from dials_diffuse.extraction.tables import (
     pixel_vectors,
     polarization_of,
 )
-from dials_diffuse.geometry.interpolation import PixelInterpolation, row_chunks
-from dials_diffuse.masks.rings import Rings, make_rings
-from dials_diffuse.report import masks as pictures
-from dials_diffuse.util.files import atomic_path
 
 logger = logging.getLogger("dials.diffuse.extract")
 
 SAMPLE = 10_000  # pixels of a detector, at least 4 x 4 of each panel
 MOST_PAIRS = 20  # of detector and beam that are summarised
 MOST_TABLES = 2  # in the log; more go into one
-MOST_PICTURES = 10
-EDGE = 4.2  # of a picture, inches
 
 
 class Factor(NamedTuple):
@@ -396,153 +386,6 @@ def _is_on(name: str, settings: ExtractionSettings) -> bool:
     return getattr(settings.corrections, name)
 
 
-@dataclasses.dataclass(frozen=True)
-class DetectorView:
-    """Where the pixels of a detector are seen, as the pictures of masks need it."""
-
-    rings: Rings
-    beam: Beam
-
-
-def pixel_values(
-    detector: Detector, beam: Beam, settings: CorrectionSettings
-) -> dict[str, np.ndarray]:
-    """The factors at all pixels of a detector, ``product`` last, flat, float32."""
-    names: list[str] = []
-    parts: list[np.ndarray] = []
-    for panel in detector:
-
-        def function(
-            fast: np.ndarray, slow: np.ndarray, panel: Panel = panel
-        ) -> np.ndarray:
-            factors = panel_factors(panel, beam, settings, fast, slow)
-            names[:] = factors
-            return np.stack(list(factors.values()))
-
-        n_fast, n_slow = panel.get_image_size()
-        # a picture shows no error of interpolation: any is tolerable
-        exact = PixelInterpolation(function, (n_slow, n_fast), np.array([np.inf]))
-        for rows in row_chunks((n_slow, n_fast)):
-            values = exact.rows(rows).astype(np.float32)
-            parts.append(values.reshape(len(values), -1))
-    return dict(zip(names, np.concatenate(parts, axis=1)))
-
-
-def plot_corrections(
-    experiments: Sequence[Experiment], settings: ExtractionSettings
-) -> Figure:
-    """The factors of a detector, one picture each.
-
-    Args:
-        experiments: Those of the detector; the beam is that of the first.
-        settings: The settings of extraction.
-    """
-    detector, beam = experiments[0].detector, experiments[0].beam
-    values = pixel_values(detector, beam, settings.corrections)
-    names = list(values)[:-1]
-    factors = [*(FACTORS[name] for name in names), product_of(names)]
-    n_plots = len(factors) + settings.corrections.exposure
-    n_columns = min(3, n_plots)
-    n_rows = -(-n_plots // n_columns)
-    view = DetectorView(make_rings(detector, beam), beam)
-    row, column, shape, size = pictures.picture_cells(view)
-    # coarser than a mask, so that stretched pixels of a tilted detector leave no holes
-    row, column = row // 2, column // 2
-    shape = (shape[0] + 1) // 2, (shape[1] + 1) // 2
-    cells = (row, column, shape, 2 * size)
-    height = EDGE * pictures.aspect(shape) + 0.5
-    figure = Figure(
-        figsize=(n_columns * (EDGE + 0.8), n_rows * height + 0.6), layout="constrained"
-    )
-    axes = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
-    for ax, factor, flat in zip(axes, factors, values.values()):
-        _plot_factor(ax, factor, flat, view, cells)
-    if settings.corrections.exposure:
-        _plot_exposure(axes[len(factors)], experiments)
-    for ax in axes[n_plots:]:
-        ax.set_axis_off()
-    panels = "1 panel" if len(detector) == 1 else f"{len(detector)} panels"
-    figure.suptitle(
-        f"Corrections of a detector of {panels}, {beam.get_wavelength():.4f} Å\n"
-        "pixels from the beam, along +x (right) and +y (up) of the laboratory",
-        fontsize="medium",
-    )
-    return figure
-
-
-def _plot_factor(
-    ax: Axes,
-    factor: Factor,
-    values: np.ndarray,
-    view: DetectorView,
-    cells: tuple[np.ndarray, np.ndarray, tuple[int, int], int],
-) -> None:
-    """A picture of the values of all pixels, with a colour bar."""
-    row, column, shape, size = cells
-    extent = pictures.picture_extent(view, shape, size)
-    picture = pictures.to_picture(values * factor.scale, row, column, shape)
-    image = ax.imshow(
-        np.ma.masked_invalid(picture),
-        cmap="YlOrRd",
-        extent=extent,
-        interpolation="nearest",
-    )
-    pictures.draw_rings(ax, view, extent)
-    ax.plot(0, 0, "+", color="#1f77b4", ms=12, mew=1.5)
-    ax.set_xlim(extent[:2])
-    ax.set_ylim(extent[2:])
-    ax.set_title(factor.name)
-    unit = f" ({factor.unit})" if factor.unit else ""
-    ax.figure.colorbar(image, ax=ax, label=factor.symbol + unit, shrink=0.85)
-
-
-def _plot_exposure(ax: Axes, experiments: Sequence[Experiment]) -> None:
-    """Exposure time of the images, in their order."""
-    times = np.concatenate([exposure_times(experiment) for experiment in experiments])
-    few = len(times) < 100
-    number = np.arange(1, len(times) + 1)
-    ax.plot(number, times, ".-" if few else "-", drawstyle="steps-mid", color="#1f77b4")
-    ax.set_ylim(0, 1.15 * times.max())
-    ax.set_xlabel("image")
-    ax.set_ylabel("t (s)")
-    ax.set_title("exposure")
-
-
 def detector_groups(experiments: ExperimentList) -> list[list[int]]:
     """Numbers of the experiments that share a detector."""
     return _groups(experiments, by_beam=False)
-
-
-def draw_corrections(
-    path: str | os.PathLike, experiments: ExperimentList, settings: ExtractionSettings
-) -> list[Path]:
-    """Write the factors as PNG files, one for each distinct detector.
-
-    Args:
-        path: Name of the first; those of further detectors, ``MOST_PICTURES`` in all,
-            get a number, ``a_2.png``.
-        experiments: The experiments.
-        settings: The settings of extraction.
-
-    Returns:
-        The files.
-
-    Raises:
-        ValueError: A file cannot be written.
-    """
-    path = Path(path)
-    groups = detector_groups(experiments)
-    written = []
-    for number, members in enumerate(groups[:MOST_PICTURES], 1):
-        name = path if number == 1 else path.with_name(f"{path.stem}_{number}.png")
-        figure = plot_corrections([experiments[i] for i in members], settings)
-        with atomic_path(name) as temporary:
-            figure.savefig(temporary, format="png", dpi=120)
-        written.append(name)
-    if len(groups) > len(written):
-        logger.info(
-            "Pictures of the corrections of the first %d of %d detectors only",
-            len(written),
-            len(groups),
-        )
-    return written

@@ -6,7 +6,6 @@ with a row for each image the page has the worst, and the JSON file all.
 
 from __future__ import annotations
 
-import math
 from typing import Any, Mapping, Sequence
 
 import numpy as np
@@ -15,7 +14,10 @@ from matplotlib.figure import Figure
 
 from dials_diffuse.extraction.geometry_report import worst_images
 from dials_diffuse.extraction.indexing_report import least_sure
+from dials_diffuse.extraction.prepare import Prepared
 from dials_diffuse.extraction.report import format_cell
+from dials_diffuse.report.correction_pictures import plot_corrections
+from dials_diffuse.report.corrections import detector_groups
 from dials_diffuse.report.embedding import (
     draw,
     embed,
@@ -29,21 +31,6 @@ BLUE, RED, GREY, GREEN = "#1f4e79", "#c0392b", "#9aa5b1", "#2a8a57"
 SETTING_COLOURS = (BLUE, "#d9822b", GREEN, "#8e44ad", "#7f5539", "#17a2b8")
 D_TICKS = (20, 10, 6, 4, 3, 2.5, 2, 1.8, 1.6, 1.4, 1.2, 1.1, 1, 0.9, 0.8, 0.7, 0.6)
 WIDE_RANGE = 8.0  # of distances over the tolerance, from which the axis is logarithmic
-
-
-def finite(value: Any) -> Any:
-    """A value for JSON: numbers that are not finite become None, arrays lists."""
-    if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return finite(value.tolist())
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    if isinstance(value, np.generic):
-        return finite(value.item())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 class ImageAxis:
@@ -298,19 +285,20 @@ def _picture(figure: Figure) -> str:
     return embed(draw(figure, "png", DPI), "png")
 
 
-def render_page(record: Mapping[str, Any], corrections: Figure | None = None) -> str:
+def render_page(record: Mapping[str, Any], prepared: Prepared) -> str:
     """The page as HTML, pictures embedded.
 
     Args:
         record: What is written as JSON too; see ``dials.diffuse_extract``.
-        corrections: Picture of the factors.
+        prepared: What was extracted, for a picture of the corrections.
     """
     environment = page_environment()
     environment.filters["cell"] = format_cell
     environment.filters["significant"] = lambda x: format_figure(x, ".5g")
     pictures = make_pictures(record)
-    if corrections is not None:
-        pictures["corrections"] = _picture(corrections)
+    experiments = prepared.experiments
+    first = [experiments[i] for i in detector_groups(experiments)[0]]
+    pictures["corrections"] = _picture(plot_corrections(first, prepared.settings))
     geometry, indexing = record["geometry"], record["indexing"]
     return environment.get_template("extraction.html").render(
         **record,

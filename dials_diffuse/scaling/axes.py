@@ -136,7 +136,7 @@ class SmoothAxis(Axis):
         n = self.n_params
         if n < 3:
             return sparse.csr_matrix((0, n))
-        return sparse.diags([1, -2, 1], [0, 1, 2], shape=(n - 2, n), format="csr")
+        return sparse.diags([1.0, -2.0, 1.0], [0, 1, 2], shape=(n - 2, n), format="csr")
 
     def knots(self) -> np.ndarray:
         """The coordinate of each parameter."""

@@ -347,15 +347,21 @@ class Session:
 
         The observations determine some combinations of parameters well and others, of
         which I can take up nearly all, hardly: these would be as large as the prior lets
-        them be.
+        them be. The variance is Σ p² over the number of parameters that the observations
+        determine (MacKay 1992, https://doi.org/10.1162/neco.1992.4.3.415).
         """
+        self.refiner.evaluate()
         for name, component in self.result.components.items():
             if TERMS[name].error_limit is None or component.additive:
                 continue
             values = flumpy.to_numpy(component.parameters)
-            size = float(np.sqrt(np.mean(values**2)))
+            # What the prior has shrunk must not shrink the prior.
+            share = max(self.refiner.effective_parameters(name), 1) / len(values)
+            size = float(np.sqrt(np.mean(values**2) / share))
             rough = component.difference_matrix() @ values
-            smoothness = float(np.sqrt(np.mean(rough**2))) if len(rough) else 0.0
+            smoothness = (
+                float(np.sqrt(np.mean(rough**2) / share)) if len(rough) else 0.0
+            )
             given = TERMS[name].prior(getattr(self.params.model, name))
             component.prior = Prior(
                 min(max(smoothness, SMALLEST_PRIOR), given.smoothness),

@@ -46,6 +46,8 @@ SCALES = ("fit", "absolute")
 MAX_RELATIVE_LENGTH = 0.01
 MAX_ANGLE = 1.0  # degrees
 
+# Bragg exclusions that leave out whole voxels, or nothing
+LEAVE_VOXELS_WHOLE = ("none", "statistical")
 CUT_POINTS = 9  # along each edge of a voxel, to see whether an ellipsoid cuts it
 
 MAX_ROUNDS = 50  # of the fit of the scale
@@ -288,7 +290,8 @@ def compare(
         scale: fit the scale of the map, or take it as it is (absolute).
         exclusion: The Bragg exclusion of the extraction, as
             ``BraggSettings.metric``: voxels that it cuts are left out, since the map has
-            the mean of what remains of them.
+            the mean of what remains of them. None if it cuts none
+            (``LEAVE_VOXELS_WHOLE``).
 
     Raises:
         ValueError: A file is not what it should be, or the two do not fit together.

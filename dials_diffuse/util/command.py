@@ -128,6 +128,21 @@ def logged_work(parser: ArgumentParser, params: Any, options: Any) -> Iterator[N
 
 
 @contextlib.contextmanager
+def collect_warnings(messages: list[str]) -> Iterator[None]:
+    """Append the warnings that our stages log within it to a list, for their report."""
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(
+        record.getMessage().removeprefix("Warning: ")
+    )
+    parent = logging.getLogger("dials.diffuse")
+    parent.addHandler(handler)
+    try:
+        yield
+    finally:
+        parent.removeHandler(handler)
+
+
+@contextlib.contextmanager
 def ends_by_signal() -> Iterator[None]:
     """Within it SIGINT (Ctrl-C) and SIGTERM (of batch systems) end the work in order.
 

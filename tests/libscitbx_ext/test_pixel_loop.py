@@ -105,6 +105,40 @@ def test_sums_of_parts_equal_the_sum_of_all():
         np.testing.assert_array_equal(total[whole["voxel"]], whole[name])
 
 
+def test_images_of_other_beams_and_limits_do_not_mix():
+    """What neighbouring images share, as the usable part of a row, is found anew."""
+    loop_panel = PanelInput().ext()
+    frames = [FrameInput(0.5), FrameInput(1.5, s_max=0.2), FrameInput(2.5, s_min=0.3)]
+    other = FrameInput(3.5)
+    other.s0 = np.array([0.0, -0.3, -0.95]) / WAVELENGTH
+    frames = [*frames, other, FrameInput(4.5)]
+    images = [as_flex(integer_image(i)) for i in range(len(frames))]
+
+    def sums(*batches: list[int]) -> dict[str, np.ndarray]:
+        accumulator = ext.Accumulator(HALF_SIZE, 1)
+        for batch in batches:
+            accumulator.add_images(
+                loop_panel, [frames[i].ext() for i in batch], [images[i] for i in batch]
+            )
+        return {k: flumpy.to_numpy(v).copy() for k, v in accumulator.finish().items()}
+
+    assert_sums_equal(sums([0, 1, 2, 3, 4]), sums([0], [1], [2], [3], [4]))
+    seen = [sums([i])["n_pixels"].sum() for i in range(len(frames))]
+    assert len(set(seen)) == len(seen)
+
+
+def test_masked_edges_and_rows():
+    panel = PanelInput()
+    panel.weight[:, :7] = panel.weight[:, -1] = 0
+    panel.weight[[0, 20, 21, 30, -1]] = 0
+    panel.weight[30, 33] = 12345  # a row of one pixel
+    images = [(panel, FrameInput(z), integer_image(int(z))) for z in (0.5, 1.5)]
+    mask_unsure_pixels(images)
+    found = loop_sums(images)
+    assert_sums_equal(found, twin_sums(images))
+    assert found["n_pixels"].sum() > 500
+
+
 def test_finish_empties_the_accumulator():
     panel, frame = PanelInput(), FrameInput()
     accumulator = ext.Accumulator(HALF_SIZE, 2)

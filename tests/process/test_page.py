@@ -110,6 +110,16 @@ def record():
             "d_min": 1.6,
             "d_max": None,
         },
+        "scaling": {
+            "terms": ["scale", "detector"],
+            "dropped": {"offset": "the observations do not need it"},
+            "chi_square_before": 3.21,
+            "chi_square": 1.02,
+            "error_model": [1.01, 0.0123],
+            "n_experiments": 2,
+            "scale_min": 0.9,
+            "scale_max": 1.1,
+        },
         "merging": {
             "overall": shell(20.0, 1.6),
             "shells": [shell(20.0, 3.0), shell(3.0, 2.0, None, 0.0, None)],
@@ -211,7 +221,7 @@ def test_stills(record):
 def test_a_run_that_failed(record):
     for key in ("spots", "refinement", "crystal", "mask", "indexing", "geometry"):
         record[key] = None
-    record["extraction"] = record["merging"] = None
+    record["extraction"] = record["scaling"] = record["merging"] = None
     record["stages"][0]["state"] = "failed"
     record["error"] = "dials.import failed (exit status 1): no <images>"
     html = Page(record).render()

@@ -20,12 +20,14 @@ from scitbx.array_family import flex
 
 from dials_diffuse.extraction.settings import CorrectionSettings, ExtractionSettings
 from dials_diffuse.extraction.tables import panel_arrays
-from dials_diffuse.report import corrections as report
-from dials_diffuse.report.corrections import (
+from dials_diffuse.report import correction_pictures, corrections
+from dials_diffuse.report.correction_pictures import (
     draw_corrections,
-    log_corrections,
     pixel_values,
     plot_corrections,
+)
+from dials_diffuse.report.corrections import (
+    log_corrections,
     sample_pixels,
     summarise_corrections,
 )
@@ -131,7 +133,7 @@ def test_one_summary_for_each_detector_and_beam():
 
 
 def test_of_many_pairs_some_are_summarised(monkeypatch, caplog):
-    monkeypatch.setattr(report, "MOST_PAIRS", 5)
+    monkeypatch.setattr(corrections, "MOST_PAIRS", 5)
     detector = make_detector()
     experiments = experiment_list(
         *(still(detector, make_beam(1 + 0.01 * i), str(i)) for i in range(12))
@@ -229,7 +231,8 @@ def test_figure_has_a_part_for_each_factor():
         "product",
         "exposure",
     ]
-    labels = {ax.get_ylabel() for ax in figure.axes}
+    bars = [bar for ax in figure.axes for bar in ax.child_axes]
+    labels = {ax.get_ylabel() for ax in (*figure.axes, *bars)}
     assert {"P", "ΔΩ (µsr)", "ε", "A", "P·ΔΩ·ε·A (µsr)", "t (s)"} <= labels
     # unpolarized light is weaker to all sides; here only along the plane, +x and -x
     picture = np.ma.filled(figure.axes[0].images[0].get_array(), np.nan)
@@ -264,7 +267,7 @@ def test_a_file_for_each_detector(tmp_path, monkeypatch, caplog):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.png", "c_2.png"]
     for path in paths:
         assert matplotlib.image.imread(path).std() > 0.05
-    monkeypatch.setattr(report, "MOST_PICTURES", 1)
+    monkeypatch.setattr(correction_pictures, "MOST_PICTURES", 1)
     with caplog.at_level(logging.INFO, "dials.diffuse.extract"):
         assert len(draw_corrections(tmp_path / "d.png", experiments, SETTINGS)) == 1
     assert "first 1 of 2 detectors only" in caplog.text

@@ -23,15 +23,16 @@ from dials_diffuse.extraction.lattice_settings import Operator
 from dials_diffuse.extraction.reindexing import Indexing
 from dials_diffuse.extraction.report import (
     StaticPixels,
-    block_of_rows,
     count_static_pixels,
     pixels_record,
 )
 from dials_diffuse.extraction.settings import ExtractionSettings
+from dials_diffuse.extraction.totals import block_of_rows
 from dials_diffuse.geometry.validation import ImageResiduals
 from dials_diffuse.grid import Grid
 from dials_diffuse.report import extraction
-from dials_diffuse.report.extraction import ImageAxis, finite, plot_geometry
+from dials_diffuse.report.extraction import ImageAxis, plot_geometry
+from dials_diffuse.report.extraction_record import finite
 
 GRID = Grid((26.0, 31.0, 22.0, 90.0, 90.0, 90.0), (2, 2, 2), "P 2 2", 2.4, 9.0)
 

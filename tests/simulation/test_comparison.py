@@ -10,6 +10,8 @@ from matched_voxels import correct_voxels, selected
 from cctbx import sgtbx
 
 from dials_diffuse import symmetry
+from dials_diffuse.command_line import diffuse_process
+from dials_diffuse.extraction.settings import BraggSettings
 from dials_diffuse.grid import Grid
 from dials_diffuse.io.maps import MapWriter, read_map
 from dials_diffuse.io.observations import ObservationFile
@@ -351,6 +353,25 @@ def test_cut_voxels_are_left_out(write_true_map, merge_rows):
     assert left(0.2, 0.2, 0.2).left_out["cut by the Bragg exclusion"] == near.sum()
     near |= np.all(everything.index[:, :2] % 2 == 0, axis=1)
     np.testing.assert_array_equal(left(0.2, 0.2, 0.3).index, everything.index[~near])
+
+
+@pytest.mark.parametrize(
+    "exclusion, warns",
+    [("none", False), ("statistical", False), ("auto", True), ("shoebox", True)],
+)
+def test_exclusions_whose_cuts_are_not_known(caplog, exclusion, warns):
+    with caplog.at_level("WARNING", "dials.diffuse"):
+        known = diffuse_process.known_exclusion(BraggSettings(exclusion), GRID)
+    assert known is None
+    assert ("compared as if they were whole" in caplog.text) == warns
+
+
+def test_left_out_whole_voxels_leave_the_others_as_they_are(write_true_map, merge_rows):
+    columns = observe(level=3.0)
+    rng = np.random.default_rng(7)
+    peaks = rng.random(len(GRID.asu_indices())) < 0.1
+    columns = {name: x[~np.tile(peaks, 3)] for name, x in columns.items()}
+    assert_correct(compare(merge_rows(columns), write_true_map()))
 
 
 @pytest.mark.parametrize(

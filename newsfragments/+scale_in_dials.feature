@@ -1,0 +1,1 @@
+``dials.scale model=diffuse``: DIALS itself refines the factors of the scaling model, on the files of ``dials.diffuse_export format=dials``; ``docs/scaling_terms.md`` shows how to add a term to the model.

@@ -1,0 +1,348 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+
+import numpy as np
+import pytest
+from simulated_observations import (
+    ROTATION,
+    STILLS,
+    draw,
+    observe,
+    read_all,
+    read_models,
+    term_values,
+    write,
+)
+from truth_ladder import vary
+
+from dxtbx.model.experiment_list import ExperimentList
+from libtbx.utils import Sorry
+
+from dials.array_family import flex
+from dials_diffuse.command_line import diffuse_merge, diffuse_scale
+from dials_diffuse.io.maps import read_map
+from dials_diffuse.io.observations import SCALED_COLUMNS, ObservationFile
+
+FLAGS = flex.reflection_table.flags
+TERMS = ("scale", "decay", "absorption", "detector", "offset")
+SMALL = {"detector": {"size": (90, 90), "pixel": 1.0}}
+QUIET = ["output.html=None", "output.json=None"]
+# The scales alone are found in less than a second.
+SCALES_ONLY = [*QUIET, *(f"model.{name}.use=no" for name in TERMS[1:])]
+
+
+@pytest.fixture(scope="module")
+def stills(tmp_path_factory):
+    settings = vary(STILLS, n_images=8, **SMALL)
+    return observe(settings, tmp_path_factory.mktemp("stills"))
+
+
+@pytest.fixture(scope="module")
+def sweeps(tmp_path_factory):
+    settings = vary(ROTATION, n_images=30, n_crystals=2, scan={"width": 4.0}, **SMALL)
+    return observe(settings, tmp_path_factory.mktemp("sweeps"))
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+SCALES = np.array([0.5, 0.7, 0.8, 1.0, 1.1, 1.2, 1.3, 1.4])
+
+
+@pytest.fixture
+def observed(stills, tmp_path):
+    return draw(stills, tmp_path, SCALES[stills.experiment], counts_per_pixel=10)
+
+
+def split(observed, tmp_path, limit: int) -> list[str]:
+    """The files of the first ``limit`` experiments, and those of the others."""
+    geometry, rows = observed.geometry, read_all(observed.files[1])
+    files = []
+    for name, chosen in ("first", range(limit)), ("second", range(limit, 8)):
+        mine = np.isin(rows["id"], chosen)
+        own = dataclasses.replace(
+            geometry,
+            experiments=ExperimentList([geometry.experiments[i] for i in chosen]),
+        )
+        columns = {key: values[mine] for key, values in rows.items()}
+        columns["id"] = columns["id"] - chosen[0]
+        files += write(own, columns, tmp_path, name)
+    return files
+
+
+def flagged(rows: dict[str, np.ndarray], flag: int) -> np.ndarray:
+    return (rows["flags"] & np.uint64(int(flag))) != 0
+
+
+def scales_of(rows: dict[str, np.ndarray]) -> np.ndarray:
+    """The factor of each experiment, with the mean 1."""
+    n = rows["id"].max() + 1
+    found = np.array(
+        [np.median(rows["inverse_scale_factor"][rows["id"] == i]) for i in range(n)]
+    )
+    return found / found.mean()
+
+
+def test_output(observed, tmp_path):
+    diffuse_scale.run([*observed.files, "refinement.cycles=1"])
+    for name in ("scaled.expt", "scaled.refl", "dials.diffuse_scale.log"):
+        assert (tmp_path / name).is_file()
+    with ObservationFile("scaled.refl") as table:
+        assert set(table.columns) == set(SCALED_COLUMNS)
+        assert list(table.identifiers.values()) == list(
+            observed.geometry.experiments.identifiers()
+        )
+    rows = read_all("scaled.refl")
+    before = read_all(observed.files[1])
+    for name in ("counts", "normalisation", "miller_index", "id"):
+        np.testing.assert_array_equal(rows[name], before[name])
+    assert flagged(rows, FLAGS.scaled).all()
+    log = (tmp_path / "dials.diffuse_scale.log").read_text()
+    assert "χ² per degree of freedom" in log
+    assert "Scaled observations written to scaled.refl, models to scaled.expt" in log
+
+
+def test_report_files(observed, tmp_path):
+    """What is asked for is there, what is not is not."""
+    diffuse_scale.run([*observed.files, *SCALES_ONLY[2:], "output.log=None"])
+    names = {path.name for path in tmp_path.iterdir()} - {"extracted.expt"}
+    assert "dials.diffuse_scale.log" not in names
+    figures = json.loads((tmp_path / "dials.diffuse_scale.json").read_text())
+    assert figures
+    page = (tmp_path / "dials.diffuse_scale.html").read_text()
+    assert "</html>" in page
+    for name in ("dials.diffuse_scale.json", "dials.diffuse_scale.html"):
+        os.unlink(name)
+    diffuse_scale.run([*observed.files, *SCALES_ONLY, "output.log=None"])
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"extracted.expt", "extracted.refl", "scaled.expt", "scaled.refl"}
+
+
+def test_models_reload_and_reproduce_the_factors(sweeps, tmp_path):
+    """Evaluated by themselves, away from the cells of the refinement."""
+    x, y = sweeps.place.T
+    scale = np.exp(0.3 * np.sin(2 * np.pi * sweeps.turn)) * (1 + sweeps.experiment)
+    factor = scale * np.exp(0.5 * x * np.cos(2 * np.pi * sweeps.turn) + 0.1 * y)
+    observed = draw(sweeps, tmp_path, factor, counts_per_pixel=20)
+    diffuse_scale.run(
+        [
+            *observed.files,
+            *QUIET,
+            "model.offset.use=yes",
+            "refinement.max_iterations=10",
+            "refinement.cycles=1",
+        ]
+    )
+    rows = {name: values[::20] for name, values in read_all("scaled.refl").items()}
+    experiments = read_models("scaled.expt")
+    model = experiments[0].scaling_model
+    assert model.id_ == "diffuse" and model.is_scaled
+    assert {"scale", "absorption", "detector", "offset"} <= set(model.components)
+    outer, inner = np.ones(len(rows["id"])), np.ones(len(rows["id"]))
+    for name in set(model.components) - {"offset"}:
+        if name in ("absorption", "detector"):
+            outer = outer * term_values(experiments, rows, name)
+        else:
+            inner = inner * term_values(experiments, rows, name)
+    change = np.log(outer * inner / rows["inverse_scale_factor"])
+    assert np.std(np.log(rows["inverse_scale_factor"])) > 0.1
+    assert np.sqrt(np.mean(change**2)) < 0.004
+    assert np.abs(change).max() < 0.05
+    offset = outer * term_values(experiments, rows, "offset")
+    assert np.std(offset) > 0
+    assert np.std(offset - rows["additive_offset"]) < 0.1 * np.std(offset)
+
+
+def test_scales(observed):
+    diffuse_scale.run([*observed.files, *SCALES_ONLY])
+    found = scales_of(read_all("scaled.refl"))
+    assert found == pytest.approx(SCALES / SCALES.mean(), rel=0.02)
+
+
+def test_two_pairs_of_files_give_one_table(observed, tmp_path):
+    diffuse_scale.run([*observed.files, *SCALES_ONLY])
+    together = read_all("scaled.refl")
+    diffuse_scale.run([*split(observed, tmp_path, 3), *SCALES_ONLY])
+    apart = read_all("scaled.refl")
+    for name in ("miller_index", "id", "counts", "flags"):
+        np.testing.assert_array_equal(apart[name], together[name])
+    factor = "inverse_scale_factor"
+    np.testing.assert_allclose(apart[factor], together[factor], rtol=1e-5)
+    names = [e.identifier for e in read_models("scaled.expt")]
+    assert names == list(observed.geometry.experiments.identifiers())
+
+
+def test_scaling_to_a_reference(observed, tmp_path):
+    """New images get the scale of the map, not a mean scale of 1."""
+    first, second = np.split(np.array(split(observed, tmp_path, 5)), 2)
+    diffuse_scale.run([*first, *SCALES_ONLY])
+    diffuse_merge.run(["scaled.expt", "scaled.refl", "output.plot=None"])
+    norm = np.mean(SCALES[:5])
+    diffuse_scale.run([*second, *SCALES_ONLY, "reference=merged.h5"])
+    rows = read_all("scaled.refl")
+    found = [np.median(rows["inverse_scale_factor"][rows["id"] == i]) for i in range(3)]
+    assert found == pytest.approx(SCALES[5:] / norm, rel=0.04)
+    diffuse_scale.run([*second, *SCALES_ONLY])
+    rows = read_all("scaled.refl")
+    alone = [np.median(rows["inverse_scale_factor"][rows["id"] == i]) for i in range(3)]
+    assert np.mean(alone) == pytest.approx(1, abs=0.02)
+
+
+def test_reference_of_another_grid(observed, tmp_path):
+    diffuse_merge.run([*observed.files, "output.plot=None"])
+    other = observe(
+        vary(STILLS, n_images=2, crystal={"space_group": "P 1"}, **SMALL), tmp_path
+    )
+    files = draw(other, tmp_path, name="other").files
+    message = error([*files, "reference=merged.h5"])
+    assert "reference=merged.h5 has another grid than" in message
+
+
+def test_excluded_images(observed, sweeps, tmp_path):
+    diffuse_scale.run([*observed.files, *SCALES_ONLY, "exclude_images=2,5"])
+    rows = read_all("scaled.refl")
+    out = flagged(rows, FLAGS.user_excluded_in_scaling)
+    np.testing.assert_array_equal(out, np.isin(rows["id"], (2, 5)))
+    assert not np.any(out & flagged(rows, FLAGS.scaled))
+    n_all = read_map_rows(["scaled.expt", "scaled.refl"])
+    assert n_all == np.count_nonzero(~out & ~flagged(rows, FLAGS.outlier_in_scaling))
+
+    files = draw(sweeps, tmp_path, name="sweeps").files
+    diffuse_scale.run([*files, *SCALES_ONLY, "exclude_images=1:3:7"])
+    rows = read_all("scaled.refl")
+    frame = rows["xyzobs.px.value"][:, 2]
+    expected = (rows["id"] == 1) & (frame > 2) & (frame < 7)
+    out = flagged(rows, FLAGS.user_excluded_in_scaling)
+    np.testing.assert_array_equal(out, expected)
+
+
+def read_map_rows(files: list[str]) -> int:
+    """Number of observations that merging takes."""
+    diffuse_merge.run([*files, "output.plot=None"])
+    return int(read_map("merged.h5")["n_obs"].sum())
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("x", "exclude_images=x is neither the number of an experiment nor"),
+        (
+            "8",
+            "exclude_images=8: there is no experiment 8, they are numbered from 0 to 7",
+        ),
+        ("0:4:2", "exclude_images=0:4:2: the last image is before the first"),
+    ],
+)
+def test_impossible_exclusion(observed, text, message):
+    assert error([*observed.files, f"exclude_images={text}"]).startswith(message)
+
+
+def test_experiment_that_disagrees(stills, tmp_path, caplog):
+    """The intensities of experiment 3 are those of other voxels."""
+    observed = draw(stills, tmp_path, SCALES[stills.experiment], counts_per_pixel=10)
+    rows = read_all(observed.files[1])
+    rng = np.random.default_rng(3)
+    mine = np.flatnonzero(rows["id"] == 3)
+    order = mine[np.argsort(stills.s[mine])]
+    for part in np.array_split(order, 20):
+        other = rng.permutation(part)
+        for name in ("counts", "normalisation", "num_pixels.valid"):
+            rows[name][part] = rows[name][other]
+    files = write(stills, rows, tmp_path, "wrong")
+    diffuse_scale.run([*files, *SCALES_ONLY, "min_cc=0.3"])
+    assert (
+        "Left out, as their correlation with the rest is below 0.3: 3 (" in caplog.text
+    )
+    rows = read_all("scaled.refl")
+    out = flagged(rows, FLAGS.user_excluded_in_scaling)
+    np.testing.assert_array_equal(out, rows["id"] == 3)
+    good = np.arange(8) != 3
+    found = scales_of(rows)[good]
+    assert found / found.mean() == pytest.approx(
+        SCALES[good] / SCALES[good].mean(), rel=0.03
+    )
+
+
+def test_scaled_observations_can_be_merged_and_scaled_again(observed, tmp_path):
+    diffuse_scale.run([*observed.files, *SCALES_ONLY])
+    once = read_all("scaled.refl")
+    diffuse_scale.run(
+        [
+            "scaled.expt",
+            "scaled.refl",
+            *SCALES_ONLY,
+            "output.experiments=again.expt",
+            "output.reflections=again.refl",
+        ]
+    )
+    again = read_all("again.refl")
+    for name in once:
+        np.testing.assert_allclose(again[name], once[name], rtol=1e-6, err_msg=name)
+    diffuse_merge.run(["again.expt", "again.refl", "output.plot=None"])
+    merged = read_map("merged.h5", ["intensity", "normalisation"])
+    g = once["inverse_scale_factor"][~flagged(once, FLAGS.outlier_in_scaling)]
+    m = once["normalisation"][~flagged(once, FLAGS.outlier_in_scaling)]
+    assert merged["normalisation"].sum() == pytest.approx(np.sum(m * g))
+
+
+def error(args) -> str:
+    """The error message of the command, which must be one line for each error."""
+    with pytest.raises(Sorry) as sorry:
+        diffuse_scale.run(args)
+    assert sorry.value.__suppress_context__
+    return str(sorry.value)
+
+
+def test_missing_files(observed):
+    expt, refl = observed.files
+    assert error([expt, "nowhere.refl"]) == "nowhere.refl does not exist"
+    assert error([]).splitlines() == [
+        "Please give an experiment list (.expt)",
+        "Please give an observation file (.refl of dials.diffuse_extract)",
+    ]
+
+
+def test_experiments_of_other_observations(observed, tmp_path):
+    files = split(observed, tmp_path, 3)
+    message = error([files[0], files[3]])
+    assert (
+        "second.refl belongs to other experiments than the experiment list" in message
+    )
+    assert len(message.splitlines()) == 1
+    assert not os.path.exists("scaled.refl")
+
+
+def test_table_without_rows(stills, tmp_path):
+    none = np.zeros(stills.n_rows, dtype=bool)
+    columns = {name: values[none] for name, values in stills.columns.items()}
+    files = write(stills, columns, tmp_path, "empty")
+    message = error([*files, *QUIET])
+    assert "empty.refl has no" in message
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "option", ["experiments", "reflections", "html", "json", "log"]
+)
+def test_output_that_would_replace_the_input(observed, option):
+    name = observed.files[1]
+    before = os.path.getsize(name)
+    assert f"output.{option}={name} is in use" in error(
+        [*observed.files, f"output.{option}={name}"]
+    )
+    assert os.path.getsize(name) == before
+
+
+@pytest.mark.parametrize("option", ["experiments", "reflections"])
+def test_output_that_must_have_a_name(observed, option):
+    message = error([*observed.files, f"output.{option}=None"])
+    assert message == f"Please give a file name: output.{option}"
+
+
+def test_parameters_that_do_not_exist(observed):
+    assert "offst" in error([*observed.files, "model.offst.use=no"])
