@@ -110,8 +110,9 @@ def test_from_images_to_the_page(fake_dials, tmp_path):
     assert record["mode"] == "rotation"
     assert record["reason"] == "4 images of 0.5 degrees in 1 sweep"
     assert record["n_images"] == 4
-    names = ["import", "find_spots", "index", "refine", "diffuse_mask"]
-    names = [f"dials.{name}" for name in [*names, "diffuse_extract", "diffuse_merge"]]
+    names = ["import", "find_spots", "index", "refine"]
+    names += [f"diffuse_{name}" for name in ("mask", "extract", "scale", "merge")]
+    names = [f"dials.{name}" for name in names]
     assert [stage["name"] for stage in record["stages"]] == names
     assert {stage["state"] for stage in record["stages"]} == {"done"}
     assert record["spots"]["n_found"] == record["spots"]["n_indexed"] == 20
