@@ -42,6 +42,7 @@ from dxtbx.model.experiment_list import ExperimentList
 import dials.util
 from dials.array_family import flex
 from dials.util.options import ArgumentParser
+from dials_diffuse.bragg.ellipsoid import warn_of_unequal_axes
 from dials_diffuse.extraction.extract import Extracted, extract
 from dials_diffuse.extraction.prepare import Prepared, prepare
 from dials_diffuse.extraction.reindexing import select_experiments
@@ -129,6 +130,7 @@ def write_output(
     settings.bragg.check_coverage(grid.cell, grid.rotations)
     log_grid(grid)
     log_bragg(settings.bragg)
+    warn_of_unequal_axes(settings.bragg, grid.rotations)
     log_crystals(experiments, grid)
     log_rotation(experiments, grid)
     summaries = log_corrections(experiments, settings)

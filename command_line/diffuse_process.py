@@ -219,7 +219,7 @@ def mask_arguments(
     return [
         *(f"mask={quoted(name)}" for name in files if name),
         # first, so that those of the mask itself override them
-        *taken_over(extract, "gain", "trusted_range"),
+        *taken_over(extract, "gain", "trusted_range", "bragg."),
         *without(own, "make", "mask", "untrusted."),
         *nproc_argument(params.mask, settings),
     ]

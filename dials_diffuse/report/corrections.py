@@ -2,8 +2,8 @@
 
 Each factor of the normalisation of a pixel (polarization, solid angle, efficiency of the
 sensor, transmission of the gas on the way, exposure) is summarised for each detector in
-each beam, from some thousand pixels that stand for their neighbours. Pictures of them are made
-by ``correction_pictures``.
+each beam, from some thousand pixels that stand for their neighbours. ``correction_pictures``
+draws them.
 """
 
 from __future__ import annotations
