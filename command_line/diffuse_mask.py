@@ -36,12 +36,11 @@ Examples::
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
 import os
-from typing import Any, Iterator, Sequence
+from typing import Any, Sequence
 
 import h5py
 
@@ -71,6 +70,7 @@ from dials_diffuse.report.masks import (
     render_page,
 )
 from dials_diffuse.util.command import (
+    collect_warnings,
     errors_in_one_line,
     load_phil,
     logged_work,
@@ -171,26 +171,6 @@ def write_text(path: str, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-@contextlib.contextmanager
-def collected_warnings() -> Iterator[list[str]]:
-    """The warnings that our stages log within it, each once, for the report."""
-    messages: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-
-    def keep(record: logging.LogRecord) -> None:
-        message = record.getMessage().removeprefix("Warning: ")
-        if message not in messages:
-            messages.append(message)
-
-    handler.emit = keep
-    parent = logging.getLogger("dials.diffuse")
-    parent.addHandler(handler)
-    try:
-        yield messages
-    finally:
-        parent.removeHandler(handler)
-
-
 def write_report(
     params: Any,
     masks: Sequence[MadeMask],
@@ -279,7 +259,8 @@ def process(params: Any, scope: libtbx.phil.scope) -> list[dict[str, Any]]:
     check_output(params, [*inputs, *filter(None, params.mask)])
     settings = MaskSettings.from_phil(params, scope)
     sample = BraggSample.from_phil(params, settings.nproc)
-    with collected_warnings() as warnings:
+    warnings: list[str] = []
+    with collect_warnings(warnings):
         experiments = load_experiments(params.input.experiments)
         reflections = load_reflections(params.input.reflections, experiments)
         series = make_series(experiments)

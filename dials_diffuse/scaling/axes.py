@@ -114,6 +114,9 @@ class SmoothAxis(Axis):
         smoother = GaussianSmoother1D((0, self.n_intervals), self.n_intervals)
         unused = flumpy.from_numpy(np.zeros(self.n_params))
         scaled = np.clip((np.asarray(x) - self.low) / self._step, 0, self.n_intervals)
+        n = len(scaled)
+        if n % POINTS_PER_CALL == 1:  # the smoother wants two points at least
+            scaled = np.append(scaled, scaled[-1])
         parts = []
         for start in range(0, len(scaled), POINTS_PER_CALL):
             points = flumpy.from_numpy(scaled[start : start + POINTS_PER_CALL].copy())
@@ -122,7 +125,7 @@ class SmoothAxis(Axis):
             parts.append(sparse.csr_matrix(dense / flumpy.to_numpy(total)[:, None]))
         if not parts:
             return sparse.csr_matrix((0, self.n_params))
-        return sparse.vstack(parts, format="csr")
+        return sparse.vstack(parts, format="csr")[:n]
 
     def cell(self, x: np.ndarray) -> np.ndarray:
         place = (np.asarray(x) - self.low) * (self.n_cells / (self.high - self.low))

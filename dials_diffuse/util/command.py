@@ -129,11 +129,15 @@ def logged_work(parser: ArgumentParser, params: Any, options: Any) -> Iterator[N
 
 @contextlib.contextmanager
 def collect_warnings(messages: list[str]) -> Iterator[None]:
-    """Append the warnings that our stages log within it to a list, for their report."""
+    """Append the warnings that our stages log within it to a list, each once."""
     handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: messages.append(
-        record.getMessage().removeprefix("Warning: ")
-    )
+
+    def keep(record: logging.LogRecord) -> None:
+        message = record.getMessage().removeprefix("Warning: ")
+        if message not in messages:
+            messages.append(message)
+
+    handler.emit = keep
     parent = logging.getLogger("dials.diffuse")
     parent.addHandler(handler)
     try:

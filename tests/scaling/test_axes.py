@@ -123,3 +123,12 @@ def test_decay():
     top, bottom = (integrate.quad(lambda s, n=n: s**n, low, high)[0] for n in (4, 2))
     np.testing.assert_allclose(weights[:, 0], (x**2 - top / bottom) / 2)
     assert not axis.is_partition
+
+
+@pytest.mark.parametrize("axis", AXES, ids=lambda axis: axis.kind)
+def test_single_points(axis):
+    """The smoother of DIALS refuses to look at one point alone."""
+    x = axis.centres()
+    for i in (0, len(x) - 1):
+        alone = axis.weights(x[i : i + 1])
+        np.testing.assert_allclose(alone.toarray(), axis.weights(x)[[i]].toarray())
