@@ -34,6 +34,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
+import h5py
 import numpy as np
 
 import libtbx.phil
@@ -70,6 +71,9 @@ from dials_diffuse.util.files import atomic_path
 logger = logging.getLogger("dials.diffuse.scale")
 
 phil_scope = load_phil("scale")
+
+# I/σ of the voxels of a reference map that count.
+MIN_REFERENCE = 3.0
 
 
 def given(values: Sequence[str | None]) -> list[str]:
@@ -109,6 +113,27 @@ def check_arguments(params: Any, files: Sequence[str]) -> None:
     if errors:
         raise ValueError("\n".join(errors))
     check_identifiers(params.input.experiments)
+    spare_other_models(params.output)
+
+
+def spare_other_models(output: Any) -> None:
+    """Refuse to write over the results of dials.scale, which have the same names.
+
+    Raises:
+        ValueError: A file of that name is not one of ours.
+    """
+    reflections, experiments = Path(output.reflections), Path(output.experiments)
+    ours = reflections.exists() and h5py.is_hdf5(reflections)
+    if reflections.exists() and not ours:
+        raise ValueError(
+            f"output.reflections={reflections} exists and is not of dials.diffuse_scale, "
+            "perhaps of dials.scale: give another name"
+        )
+    if experiments.exists() and not ours:
+        raise ValueError(
+            f"output.experiments={experiments} exists, without observations of "
+            "dials.diffuse_scale beside it: give another name"
+        )
 
 
 def number_experiments(
@@ -140,7 +165,7 @@ def read_reference(path: str, table: ObservationFile) -> Mapping[str, np.ndarray
     Raises:
         ValueError: Its grid is another one.
     """
-    voxels = read_map(path, ("index", "intensity"))
+    voxels = read_map(path, ("index", "intensity", "sigma"))
     if (voxels.grid.unit_cell, voxels.grid.ndiv, voxels.grid.space_group) != (
         table.grid.unit_cell,
         table.grid.ndiv,
@@ -151,9 +176,23 @@ def read_reference(path: str, table: ObservationFile) -> Mapping[str, np.ndarray
             "on the grid of the map (grid.reference_cell=given grid.unit_cell=... "
             "grid.ndiv=...)"
         )
-    packed = sums.pack(voxels["index"])
+    # Taken as exact, intensities must be: errors of theirs would draw all scales down.
+    known = voxels["intensity"] >= MIN_REFERENCE * voxels["sigma"]
+    if not known.any():
+        raise ValueError(
+            f"reference={path} has no voxel with an intensity of {MIN_REFERENCE:g} "
+            "standard errors: it is too weak to scale to"
+        )
+    logger.info(
+        "Scaling to %d of %d voxels of %s, with I/σ of %g and more",
+        np.count_nonzero(known),
+        len(known),
+        path,
+        MIN_REFERENCE,
+    )
+    packed = sums.pack(voxels["index"][known])
     order = np.argsort(packed)
-    return {"voxel": packed[order], "intensity": voxels["intensity"][order]}
+    return {"voxel": packed[order], "intensity": voxels["intensity"][known][order]}
 
 
 def scale_experiments(
@@ -173,8 +212,13 @@ def scale_experiments(
             return result, reader
         found = agreement(result.refiner, len(experiments))
         bad = np.flatnonzero(found.cc < params.min_cc)
-        if len(bad) == 0 or len(bad) == len(experiments):
+        if len(bad) == 0:
             return result, reader
+        if len(bad) == np.count_nonzero(np.isfinite(found.cc)):
+            raise ValueError(
+                f"min_cc={params.min_cc:g}: no experiment agrees with the rest that well, "
+                f"the best has a correlation of {np.nanmax(found.cc):.2f}"
+            )
         logger.info(
             "Left out, as their correlation with the rest is below %g: %s",
             params.min_cc,

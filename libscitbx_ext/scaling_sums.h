@@ -93,7 +93,8 @@ inline double add_scaling_sums(const ScalingRows &rows,
       if (!(w > 0)) continue;
       const double residual = rows.photons[i] - os[j] - xs[j] * mean;
       // What the fit of I leaves of the weight of a row.
-      const double rest = is_given ? 1 : 1 - w * xs[j] * xs[j] / denominator;
+      const double rest =
+        is_given || !(denominator > 0) ? 1 : 1 - w * xs[j] * xs[j] / denominator;
       total += w * residual * residual;
       for (std::size_t k = 0; k < terms.size(); ++k) {
         const ScalingTerm &term = terms[k];

@@ -152,6 +152,8 @@ def lookup(values: Mapping[int, int], ids: np.ndarray, path: str) -> np.ndarray:
     Raises:
         ValueError: An experiment has no value.
     """
+    if len(ids) == 0:
+        return np.empty(0, dtype=np.int64)
     numbers = np.flatnonzero(np.bincount(ids))
     unknown = [int(i) for i in numbers if int(i) not in values]
     if unknown:

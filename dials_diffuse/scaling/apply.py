@@ -194,6 +194,11 @@ def scaled_rows(
         ``SCALED_COLUMNS`` of some rows; ``id`` is the number of the experiment.
     """
     finder = ScaleFinder(scaling)
+    # Numbers of experiments in another order than their ids change that of the rows.
+    ascending = all(
+        np.all(np.diff([numbers[i] for i in sorted(numbers)]) > 0)
+        for numbers in reader.numbers
+    )
     ranges = list(ranges_of_voxels(reader.tables, ROWS_PER_SLAB))
     for limits in progress_bar(ranges, desc="Writing", unit="slab"):
         parts = []
@@ -206,7 +211,7 @@ def scaled_rows(
         rows = {
             name: np.concatenate([p[name] for p in parts]) for name in SCALED_COLUMNS
         }
-        if len(parts) > 1:
+        if len(parts) > 1 or not ascending:
             key = reader.tables[0].grid.key(rows["miller_index"])
             order = np.lexsort((rows["xyzobs.px.value"][:, 2], rows["id"], key))
             rows = {name: values[order] for name, values in rows.items()}

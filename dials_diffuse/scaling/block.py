@@ -95,6 +95,11 @@ class ObservationBlock:
         return len(self.start) - 1
 
     @property
+    def is_diffuse(self) -> np.ndarray:
+        """Whether each row is of a voxel, not of a Bragg peak."""
+        return np.repeat(self.voxel >= 0, np.diff(self.start))
+
+    @property
     def group(self) -> np.ndarray:
         """Number of the group of each row."""
         return np.repeat(np.arange(self.n_groups), np.diff(self.start))
@@ -137,6 +142,9 @@ class RowReader:
         self.finder, self.layouts = finder, layouts
         self.names = set().union(*(x.coordinates for x in layouts.values()))
         self.excluded = tuple(excluded)
+        whole = {images.experiment for images in excluded if images.first == -math.inf}
+        self._whole = np.array(sorted(whole), dtype=np.int64)
+        self._ranges = [images for images in excluded if images.first > -math.inf]
 
     @property
     def n_rows(self) -> int:
@@ -198,8 +206,8 @@ class RowReader:
 
     def is_excluded(self, experiment: np.ndarray, frame: np.ndarray) -> np.ndarray:
         """Whether each observation is of an image that is left out."""
-        result = np.zeros(len(experiment), dtype=bool)
-        for images in self.excluded:
+        result = np.isin(experiment, self._whole)
+        for images in self._ranges:
             result |= (
                 (experiment == images.experiment)
                 & (frame >= images.first)
@@ -278,10 +286,11 @@ def read_block(
         ValueError: There are none.
     """
     parts = [reader.read(*slab, step, phase) for slab in reader.slabs(description)]
-    parts = [part for part in parts if len(part.voxel)] or parts[:1]
-    if not parts or not len(parts[0].voxel):
+    parts = [part for part in parts if len(part.voxel)]
+    if not parts:
         raise ValueError(
-            f"{reader.tables[0].path} has no usable observations: all of its rows are "
-            "flagged as outliers or have no pixels"
+            f"{reader.tables[0].path} has no usable observations: all of its rows have no "
+            "pixels, or are of images that are left out"
         )
-    return sort_rows([*parts, *further], single)
+    parts += further
+    return sort_rows(parts, single)

@@ -18,11 +18,20 @@ from dials.array_family import flex
 from dials_diffuse import symmetry
 from dials_diffuse.grid import Grid
 from dials_diffuse.merging import sums
+from dials_diffuse.merging.observations import lookup
 from dials_diffuse.scaling.block import RowReader, Rows
 from dials_diffuse.scaling.terms import TERMS, Role
 from dials_diffuse.util.compat import miller_index_to_numpy
 
-NEEDED = ("intensity.sum.value", "intensity.sum.variance", "partiality", "panel")
+NEEDED = (
+    "miller_index",
+    "id",
+    "panel",
+    "xyzobs.px.value",
+    "intensity.sum.value",
+    "intensity.sum.variance",
+    "partiality",
+)
 
 # Photons that one unit of variance is worth: rows have the variance of their table, and
 # that of counting, which the model adds, must be small beside it.
@@ -70,9 +79,9 @@ def _rows(
             f"bragg_reference={path} has no complete peaks: those of stills are partial"
         )
     table = table.select(flumpy.from_numpy(use))
-    numbers = np.array([place[names[i]] for i in range(max(names) + 1) if i in names])
-    ids = np.searchsorted(sorted(names), flumpy.to_numpy(table["id"]))
-    return _as_rows(table, numbers[ids], reader, grid)
+    numbers = {i: place[name] for i, name in names.items()}
+    experiment = lookup(numbers, flumpy.to_numpy(table["id"]), path)
+    return _as_rows(table, experiment, reader, grid)
 
 
 def _load(path: str) -> flex.reflection_table:

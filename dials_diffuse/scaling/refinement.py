@@ -161,7 +161,9 @@ class Refiner:
         response, offset = self.responses()
         mean = self.expected_intensities(response, offset)
         if self.given is not None:
-            mean = np.where(np.isnan(self.given), mean, np.maximum(self.given, 0))
+            # Weights of 1/I make the scale a ratio of sums, which the errors of the
+            # given intensities do not bias.
+            mean = np.where(np.isnan(self.given), mean, self.given)
         signal = response * np.repeat(mean, np.diff(self.block.start))
         variance = signal + np.maximum(offset, 0) + self.block.background
         variance = np.maximum(variance, 0) + self.block.variance + (b * signal) ** 2
@@ -177,16 +179,19 @@ class Refiner:
     def fit(self, n_steps: int = 0, reason: str = "") -> Fit:
         """χ² of the current model."""
         chi_square = self.evaluate()
-        used = np.add.reduceat(self.used.astype(np.int64), self.block.start[:-1])
-        n_used = int(used[used > 1].sum())
-        n_intensities = np.count_nonzero(used > 1)
-        if self.given is not None:
-            n_used = int(used.sum())
-            n_intensities = np.count_nonzero((used > 0) & np.isnan(self.given))
+        n_used, n_intensities = self.count_used()
         # Of restrained parameters only what the data decide counts.
         n_params = sum(map(self.effective_parameters, self.components))
         n_free = int(round(n_used - n_intensities - n_params))
         return Fit(chi_square, n_used, n_free, n_steps, reason)
+
+    def count_used(self) -> tuple[int, int]:
+        """Number of observations that say something, and of intensities they determine."""
+        used = np.add.reduceat(self.used.astype(np.int64), self.block.start[:-1])
+        if self.given is None:
+            return int(used[used > 1].sum()), int(np.count_nonzero(used > 1))
+        unknown = (used > 0) & np.isnan(self.given)
+        return int(used.sum()), int(np.count_nonzero(unknown))
 
     def effective_parameters(self, name: str) -> float:
         """Number of parameters of a term that the observations decide, not the prior."""

@@ -91,7 +91,8 @@ class Scaling:
         stages: The minimisations.
         dropped: Terms that were switched off, and why.
         before: χ² per degree of freedom with scales only from the ratio of counts.
-        after: That of the result.
+        counting: That of the result without outliers, with the errors of counting.
+        after: The same with the error model.
         control: That of other voxels; None if all voxels were refined against.
         step: One in how many voxels was refined against.
     """
@@ -103,6 +104,7 @@ class Scaling:
     stages: list[Stage] = dataclasses.field(default_factory=list)
     dropped: dict[str, str] = dataclasses.field(default_factory=dict)
     before: float | None = None
+    counting: float | None = None
     after: float | None = None
     control: float | None = None
     step: int = 1
@@ -127,7 +129,8 @@ class Scaling:
             "terms": list(self.components),
             "dropped": dict(self.dropped),
             "chi_square_before": self.before,
-            "chi_square": self.after,
+            "chi_square": self.counting,
+            "chi_square_error_model": self.after,
             "error_model": self.error_model.parameters,
             "n_experiments": len(scales),
             "scale_min": float(scales.min()),
@@ -180,7 +183,7 @@ def scale(
         return result, reader
     Session(result, reader, block, grid, params, reference).run()
     if step > 1:
-        _check_choice(result, reader, step, grid, reference)
+        _check_choice(result, reader, step, grid, params, reference)
     return result, reader
 
 
@@ -233,9 +236,16 @@ def choice(reader: RowReader, max_rows: int | None) -> int:
 
 
 def given_intensities(
-    block: ObservationBlock, reference: Mapping[str, np.ndarray] | None
+    block: ObservationBlock,
+    reference: Mapping[str, np.ndarray] | None,
+    required: bool = True,
 ) -> np.ndarray | None:
     """The intensity of each voxel of a block in a reference map, NaN where it has none.
+
+    Args:
+        block: The observations.
+        reference: As that of ``scale``.
+        required: Whether there must be one.
 
     Raises:
         ValueError: They have no voxel in common.
@@ -245,7 +255,7 @@ def given_intensities(
     place = np.searchsorted(reference["voxel"], block.voxel)
     place = np.minimum(place, len(reference["voxel"]) - 1)
     known = reference["voxel"][place] == block.voxel
-    if not known.any():
+    if required and not known.any():
         raise ValueError(
             "the reference map has no voxel in common with the observations: check that "
             "both have the same crystal and resolution"
@@ -299,16 +309,23 @@ class Session:
                 refined.append(name)
             if name in refined:
                 self._update_errors()
-        for _ in range(self.params.refinement.cycles if refined else 0):
-            self._tighten_priors()
-            self._refine(self._refined())
+        for _ in range(self.params.refinement.cycles):
+            if self._refined():
+                self._tighten_priors()
+                self._refine(self._refined())
             self._update_errors()
         if self.given is None:
             self._settle_resolution()
+        self.refiner.update_weights()
+        self.result.counting = self._fit().reduced
+        model = self.result.error_model
+        self.refiner.update_weights(model.a, model.b)
         self.result.after = self._fit().reduced
         logger.info(
-            "χ² per degree of freedom: %.4f before, %.4f after",
+            "χ² per degree of freedom: %.4f with scales from the ratio of counts, %.4f with "
+            "the model and without outliers, %.4f with its error model",
             self.result.before,
+            self.result.counting,
             self.result.after,
         )
 
@@ -378,7 +395,7 @@ class Session:
             if not component.additive and name not in ("scale", "resolution"):
                 total += np.log(component.cell_values())[self.block.cells[name]]
         cells, n = self.block.cells["resolution"], gauge.layout.n_cells
-        photons = np.maximum(self.refiner.photons, 0) * self.refiner.used
+        photons = self._weights_of_means()
         weight = np.bincount(cells, photons, n)
         mean = np.bincount(cells, photons * total, n) / np.maximum(weight, 1)
         (block,) = gauge.layout.blocks
@@ -393,7 +410,9 @@ class Session:
     def _start(self) -> None:
         """Scales from the ratio of counts; units of the offset from the mean."""
         block, refiner = self.block, self.refiner
-        rate = refiner.photons.sum(dtype=float) / block.normalisation.sum(dtype=float)
+        rows = block.is_diffuse
+        rate = refiner.photons[rows].sum(dtype=float)
+        rate /= max(block.normalisation[rows].sum(dtype=float), 1e-30)
         for component in self.result.components.values():
             if component.additive:
                 component.unit = float(rate) if rate > 0 else 1.0
@@ -435,10 +454,19 @@ class Session:
         limit = TERMS[name].error_limit
         if limit is None:
             return True
-        self.refiner.update_weights()
+        model = self.result.error_model
+        self.refiner.update_weights(model.a, model.b)
         error = standard_error(self.refiner, name)
         logger.info("%s: standard error of its parameters about %.3g", name, error)
-        if error <= limit and self._has_enough_rows(name):
+        n_params, n_rows = self.result.components[name].n_params, self._n_informative()
+        if n_rows <= ROWS_PER_PARAMETER * n_params:
+            self._drop(
+                name,
+                f"it has {n_params} parameters, and there are only {n_rows} observations "
+                "more than voxels",
+            )
+            return False
+        if error <= limit:
             return True
         self._drop(
             name,
@@ -447,9 +475,10 @@ class Session:
         )
         return False
 
-    def _has_enough_rows(self, name: str) -> bool:
-        n_params = self.result.components[name].n_params
-        return self.block.n_rows - self.block.n_groups > ROWS_PER_PARAMETER * n_params
+    def _n_informative(self) -> int:
+        """Number of observations less the intensities that they must determine."""
+        n_used, n_intensities = self.refiner.count_used()
+        return n_used - n_intensities
 
     def _drop(self, name: str, why: str, warn: bool = True) -> None:
         if warn:
@@ -463,6 +492,8 @@ class Session:
         used = self.refiner.used
         self.refiner = self._new_refiner()
         self.refiner.used = used
+        model = self.result.error_model
+        self.refiner.update_weights(model.a, model.b)
 
     def _update_errors(self) -> None:
         """Outliers and error model for the current model."""
@@ -539,15 +570,22 @@ class Session:
                 worst, size = name, spread
         return worst
 
+    def _weights_of_means(self) -> np.ndarray:
+        """Photons of each row that is used, none for Bragg peaks."""
+        used = self.refiner.used & self.block.is_diffuse
+        return np.maximum(self.refiner.photons, 0) * used
+
     def _fix_gauge(self) -> None:
         """Move what the observations leave open to where it belongs."""
         if self.given is not None:
             return  # the reference settles it
-        photons = np.maximum(self.refiner.photons, 0) * self.refiner.used
+        photons = self._weights_of_means()
         for name, component in self.result.components.items():
             axes = (axis for b in component.layout.blocks for axis in b.axes)
             if TERMS[name].stage is None or component.additive:
                 continue
+            if (component.layout.block < 0).any():
+                continue  # experiments without the term cannot be shifted along
             if not all(axis.is_partition for axis in axes):
                 continue
             values = component.cell_values()[self.block.cells[name]]
@@ -569,32 +607,30 @@ def _check_choice(
     reader: RowReader,
     step: int,
     grid: Grid,
+    params: Any,
     reference: Mapping[str, np.ndarray] | None,
 ) -> None:
     """Compare χ² with that of voxels that were not refined against."""
-    if result.refiner is None or result.after is None:
-        return
     block = read_block(reader, step, phase=1, single=reference is not None)
     if block.n_rows == 0:
         return
-    given = given_intensities(block, reference)
+    given = given_intensities(block, reference, required=False)
     refiner = Refiner(block, result.components, grid, given)
     model = result.error_model
-    response, offset = refiner.responses()
-    outlier = find_outliers(
-        block.counts,
-        response,
-        block.background + offset,
-        block.variance,
-        block.start,
-        error_model=model,
-    )
-    refiner.used = ~outlier
+    if params.outliers.reject:
+        response, offset = refiner.responses()
+        refiner.used = ~find_outliers(
+            block.counts,
+            response,
+            block.background + offset,
+            block.variance,
+            block.start,
+            threshold=params.outliers.threshold,
+            error_model=model,
+        )
     refiner.update_weights(model.a, model.b)
-    refiner.evaluate()
-    used = np.add.reduceat(refiner.used.astype(np.int64), block.start[:-1])
-    n_free = used[used > 1].sum() - np.count_nonzero(used > 1)
-    result.control = refiner.evaluate() / max(n_free, 1)
+    n_used, n_intensities = refiner.count_used()
+    result.control = refiner.evaluate() / max(n_used - n_intensities, 1)
     logger.info("χ² of as many other voxels: %.4f", result.control)
     if result.control > ENOUGH * result.after:
         logger.warning(

@@ -67,7 +67,7 @@ def agreement(refiner: Refiner, n_experiments: int) -> Agreement:
     """The agreement of each experiment with the rest, for the current model."""
     block = refiner.block
     response, offset = refiner.responses()
-    used = refiner.used
+    used = refiner.used & block.is_diffuse
     # One number for each pair of a voxel and an experiment.
     pair = block.group[used] * np.int64(n_experiments) + block.experiment[used]
     pairs, place = np.unique(pair, return_inverse=True)
