@@ -227,7 +227,7 @@ def scale_experiments(
         excluded += [ImageRange(int(i)) for i in bad]
 
 
-def log_result(scaling: Scaling, experiments: ExperimentList) -> None:
+def log_result(scaling: Scaling) -> None:
     """Scales and correlations of the experiments, terms that were switched off."""
     scales = scaling.experiment_scales()
     logger.info(
@@ -327,7 +327,7 @@ def process(params: Any, phil: str, files: Sequence[str]) -> Scaling:
         tables = [stack.enter_context(ObservationFile(path)) for path in files]
         check_tables(tables)
         scaling, reader = scale_experiments(experiments, tables, params)
-        log_result(scaling, experiments)
+        log_result(scaling)
         write_output(experiments, reader, scaling, params, phil, inputs)
         if params.output.json or params.output.html:
             record = scaling_record(experiments, reader, scaling, warnings, inputs)

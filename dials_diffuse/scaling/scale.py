@@ -317,10 +317,10 @@ class Session:
         if self.given is None:
             self._settle_resolution()
         self.refiner.update_weights()
-        self.result.counting = self._fit().reduced
+        self.result.counting = self.refiner.fit().reduced
         model = self.result.error_model
         self.refiner.update_weights(model.a, model.b)
-        self.result.after = self._fit().reduced
+        self.result.after = self.refiner.fit().reduced
         logger.info(
             "χ² per degree of freedom: %.4f with scales from the ratio of counts, %.4f with "
             "the model and without outliers, %.4f with its error model",
@@ -419,7 +419,7 @@ class Session:
         if "scale" in self.result.components and self.given is None:
             self._start_scales()
         refiner.update_weights()
-        self.result.before = self._fit().reduced
+        self.result.before = self.refiner.fit().reduced
 
     def _start_scales(self) -> None:
         block = self.block
@@ -446,9 +446,6 @@ class Session:
             for i, name in table.identifiers.items():
                 names[numbers[i]] = name
         return names
-
-    def _fit(self) -> Fit:
-        return self.refiner.fit()
 
     def _is_determined(self, name: str) -> bool:
         limit = TERMS[name].error_limit
@@ -531,7 +528,7 @@ class Session:
         saved = {n: c.parameters.deep_copy() for n, c in self.result.components.items()}
         model = self.result.error_model
         self.refiner.update_weights(model.a, model.b)
-        before = self._fit().reduced
+        before = self.refiner.fit().reduced
         fit = self.refiner.refine(names, self.params.refinement)
         logger.info(
             "%s: χ² per degree of freedom %.4f after %d steps, as %s",
