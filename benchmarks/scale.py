@@ -125,12 +125,14 @@ def run(folder: Path, files: tuple[Path, Path], *more: str) -> tuple[Usage, str]
 def report(name: str, use: Usage, log: str) -> None:
     """Print a line for a run."""
     refined = re.search(r"(\d+) observations of (\d+) voxels", log)
-    chi = re.findall(r"χ² per degree of freedom: ([\d.]+) before, ([\d.]+) after", log)
+    chi = re.search(
+        r"χ² per degree of freedom: ([\d.]+) with scales .* ([\d.]+) with its error", log
+    )
     steps = sum(map(int, re.findall(r"after (\d+) steps", log)))
     print(
         f"{name}: {use.wall:.0f} s wall, {use.cpu:.0f} CPU-s, peak memory "
         f"{use.memory / 1e9:.2f} GB; {refined[1]} rows of {refined[2]} voxels refined "
-        f"in {steps} steps, χ² {chi[-1][0]} before, {chi[-1][1]} after"
+        f"in {steps} steps, χ² {chi[1]} before, {chi[2]} after"
     )
 
 

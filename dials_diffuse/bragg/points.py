@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from typing import Sequence
 
 import numpy as np
 
@@ -85,16 +86,18 @@ class PointGrid:
             Number of the voxel, and Miller indices of the point, shapes (m,) and (m, 3).
         """
         ndiv = np.array(self.grid.ndiv)
-        upper = self.nearest(index)
-        half_way = (2 * np.asarray(index) + ndiv) % (2 * ndiv) == 0
-        voxels, points = [], []
-        for steps in itertools.product((0, 1), repeat=3):
-            step = np.array(steps)
-            point = upper - step
-            is_around = np.all(half_way | (step == 0), axis=1)
-            is_around &= np.all(point >= -np.array(self.half_size), axis=1)
-            voxels.append(np.flatnonzero(is_around))
-            points.append(point[is_around])
+        voxels, points = [np.arange(len(index))], [self.nearest(index)]
+        # only even divisions have voxels half-way: add the point below on each axis
+        for axis in np.flatnonzero(ndiv % 2 == 0):
+            position = 2 * np.asarray(index)[:, axis] + ndiv[axis]
+            half_way = position % (2 * ndiv[axis]) == 0
+            for voxel, point in list(zip(voxels, points)):
+                inside = point[:, axis] > -self.half_size[axis]
+                chosen = np.flatnonzero(half_way[voxel] & inside)
+                below = point[chosen]
+                below[:, axis] -= 1
+                voxels.append(voxel[chosen])
+                points.append(below)
         return np.concatenate(voxels), np.concatenate(points)
 
     def is_absent(self) -> np.ndarray:
@@ -104,9 +107,49 @@ class PointGrid:
 
 @functools.lru_cache(maxsize=2)
 def _is_absent(points: PointGrid) -> np.ndarray:
-    n_points = int(np.prod(points.shape))
-    hkl = points.hkl(points.n_voxels + np.arange(n_points))
-    return is_absent(hkl, sgtbx.space_group(points.grid.space_group))
+    group = sgtbx.space_group(points.grid.space_group)
+    h = np.ogrid[tuple(slice(-n, n + 1) for n in points.half_size)]
+    absent = np.zeros(points.shape, dtype=bool)
+    # an operation combined with a centring forbids what one of the two does
+    centrings = [(i, 0, 0) for i in range(group.n_ltr())]
+    rest = itertools.product((0,), range(group.f_inv()), range(group.n_smx()))
+    for numbers in (*centrings, *rest):
+        _add_absences(absent, h, group(*numbers))
+    return absent.ravel()
+
+
+def _add_absences(
+    absent: np.ndarray, h: Sequence[np.ndarray], operation: sgtbx.rt_mx
+) -> None:
+    """Mark the reflections that an operation (W, w) forbids.
+
+    They are those that it leaves where they are, and whose phase it shifts:
+
+        h W = h,    h·w not an integer
+
+    (International Tables for Crystallography B, 1.4.2; cctbx' ``is_sys_absent`` gives
+    the same point by point, which takes long for a box.)
+
+    Args:
+        absent: Flags to set, shape (nh, nk, nl).
+        h: Indices along each axis, broadcasting to that shape.
+        operation: The symmetry operation.
+    """
+    denominator = operation.t().den()
+    w = np.array(operation.t().num()) % denominator
+    if not w.any():
+        return
+    moved = np.array(operation.r().as_double()).reshape(3, 3) - np.eye(3)
+    if not moved.any():  # a centring
+        absent |= sum(h_i * w_i for h_i, w_i in zip(h, w) if w_i) % denominator != 0
+        return
+    stays = np.ones(absent.shape, dtype=bool)
+    for column in np.rint(moved).astype(int).T:
+        if column.any():
+            stays &= sum(h_i * x for h_i, x in zip(h, column) if x) == 0
+    place = np.nonzero(stays)
+    phase = sum(h_i.ravel()[i] * w_i for h_i, i, w_i in zip(h, place, w))
+    absent[place] |= phase % denominator != 0
 
 
 def is_absent(hkl: np.ndarray, group: sgtbx.space_group) -> np.ndarray:

@@ -78,15 +78,16 @@ def add_surroundings(
     around = rows[~is_peak]
     index = points.grid.index(around["key"])
     voxel, hkl = points.around(index)
-    cell = np.searchsorted(keys, points.key(hkl)) % len(keys)
-    at_peak = keys[cell] == points.key(hkl)
+    key = points.key(hkl)
+    cell = np.searchsorted(keys, key) % len(keys)
+    at_peak = np.flatnonzero(keys[cell] == key)
     voxel, cell, hkl = (a[at_peak] for a in (voxel, cell, hkl))
-    near = np.ones(len(voxel), dtype=bool)
     if metric is not None:
         dh = index[voxel] / points.grid.ndiv - hkl
-        near = np.einsum("ni,ij,nj->n", dh, symmetric(metric), dh) < NEAR**2
+        near = np.sum((dh @ symmetric(metric)) * dh, axis=1) < NEAR**2
         near |= np.bincount(cell[near], minlength=len(keys))[cell] == 0
-    mean, variance, spread = surroundings(around[voxel[near]], cell[near], len(keys))
+        voxel, cell = voxel[near], cell[near]
+    mean, variance, spread = surroundings(around[voxel], cell, len(keys))
     m = peaks["normalisation"]
     peaks["background"] += mean[cell_of_peak] * m
     peaks["background_variance"] += (variance + spread)[cell_of_peak] * m**2

@@ -72,6 +72,22 @@ def test_absent_points_are_those_of_the_centring_and_of_screw_axes():
 
 
 @pytest.mark.parametrize(
+    "symbol",
+    ["P 1", "P 43 21 2", "C 1 2/c 1", "P 61 2 2", "R 3 c :H", "F d d 2", "I a -3 d"]
+    + ["P 31 1 2", "I 41/a c d :2", "F d -3 c :2", "C m c a", "P 63/m c m"],
+)
+def test_absent_points_of_a_box_agree_with_cctbx(symbol):
+    info = sgtbx.space_group_info(symbol)
+    cell = info.any_compatible_unit_cell(1000.0).parameters()
+    hall = info.type().hall_symbol()
+    points = PointGrid(Grid(cell, (6, 6, 6), hall, 1.6))
+    hkl = points.hkl(points.n_voxels + np.arange(np.prod(points.shape)))
+    absent = is_absent(hkl, info.group())
+    assert symbol == "P 1" or absent.any()
+    np.testing.assert_array_equal(points.is_absent(), absent)
+
+
+@pytest.mark.parametrize(
     "symbol, allowed",
     [
         ("P 2 2 2", lambda h, k, l: h == h),
