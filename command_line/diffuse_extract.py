@@ -54,7 +54,7 @@ from dials_diffuse.extraction.report import (
 )
 from dials_diffuse.extraction.settings import ExtractionSettings
 from dials_diffuse.io.background import BackgroundFile, check_images
-from dials_diffuse.io.bragg import write_bragg
+from dials_diffuse.io.bragg import bragg_table
 from dials_diffuse.io.inputs import (
     load_experiments,
     load_reflections,
@@ -143,20 +143,26 @@ def write_output(
     with contextlib.ExitStack() as stack:
         table, expt = map(stack.enter_context, map(atomic_path, (refl_name, expt_name)))
         experiments.as_file(expt)  # first: a name that will not do shows at once
-        inputs = input_names(params)
+        take_peaks = None
+        if params.output.bragg:
+            bragg = bragg_table(params.output.bragg, experiments)
+            take_peaks = stack.enter_context(bragg)
         found = extract(
-            experiments, grid, settings, table, phil, inputs, prepared.rejected
+            experiments,
+            grid,
+            settings,
+            table,
+            phil,
+            input_names(params),
+            prepared.rejected,
+            take_peaks,
         )
-        has_peaks = len(found.peaks.hkl) > 0 and params.output.bragg
-        if has_peaks:
-            bragg = stack.enter_context(atomic_path(params.output.bragg))
-            write_bragg(bragg, found.peaks, experiments)
     logger.info("Wrote the experiments to %s", expt_name)
     logger.info("Wrote the observations to %s", refl_name)
-    if has_peaks:
+    if params.output.bragg and found.peaks.n_peaks:
         logger.info(
             "Wrote the intensities of %d Bragg peaks to %s",
-            len(found.peaks.hkl),
+            found.peaks.n_peaks,
             params.output.bragg,
         )
     return found, summaries
@@ -170,7 +176,7 @@ def write_report(params: Any, record: dict[str, Any], prepared: Prepared) -> Non
             path.write_text(text + "\n", encoding="utf-8")
         logger.info("Wrote the figures to %s", params.output.json)
     if params.output.html:
-        # here, as matplotlib takes its time
+        # here, as not every run needs it
         from dials_diffuse.report.extraction import render_page
 
         with atomic_path(params.output.html) as path:

@@ -1,14 +1,8 @@
-"""Pictures of the corrections: each factor where the pixels are seen along the beam.
-
-The factors are smooth, so pixels some way apart stand for those around them: a picture
-takes as long for any size of detector.
-"""
+"""Pictures of the corrections as PNG: each factor where pixels are seen along the beam."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import math
 import os
 from pathlib import Path
 from typing import Sequence
@@ -17,21 +11,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dxtbx.model import Beam, Detector, Experiment, Panel
+from dxtbx.model import Experiment
 from dxtbx.model.experiment_list import ExperimentList
 
-from dials_diffuse.extraction.blocks import exposure_times
-from dials_diffuse.extraction.settings import CorrectionSettings, ExtractionSettings
-from dials_diffuse.extraction.tables import pixel_vectors
-from dials_diffuse.masks.rings import MAX_TAN, Rings
-from dials_diffuse.report import masks as pictures
-from dials_diffuse.report.corrections import (
-    FACTORS,
-    Factor,
-    detector_groups,
-    panel_factors,
-    product_of,
-)
+from dials_diffuse.extraction.settings import ExtractionSettings
+from dials_diffuse.report.correction_view import CorrectionView, view_corrections
+from dials_diffuse.report.corrections import Factor, detector_groups
+from dials_diffuse.report.masks import aspect, draw_rings
 from dials_diffuse.util.files import atomic_path
 
 logger = logging.getLogger("dials.diffuse.extract")
@@ -46,91 +32,6 @@ ABOVE = 0.8  # it, for its title and the numbers below the next picture
 LEFT, BELOW, TITLE = 0.65, 0.5, 0.45  # of the figure
 
 
-def pixel_spacing(detector: Detector) -> int:
-    """Pixels between those that are looked at."""
-    n = sum(int(np.prod(panel.get_image_size())) for panel in detector)
-    return max(1, int(math.sqrt(n / PICTURE_PIXELS)))
-
-
-def spaced_pixels(panel: Panel, spacing: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the middle pixels of fields of about equal size, along either axis.
-
-    Args:
-        panel: The panel.
-        spacing: Pixels along the edge of a field, about.
-    """
-    numbers = []
-    for n in panel.get_image_size():
-        n_fields = max(1, round(n / spacing))
-        numbers.append(((np.arange(n_fields) + 0.5) * n / n_fields).astype(int))
-    return numbers[0], numbers[1]
-
-
-def pixel_values(
-    detector: Detector, beam: Beam, settings: CorrectionSettings, spacing: int = 1
-) -> dict[str, np.ndarray]:
-    """The factors at the ``spaced_pixels`` of all panels, ``product`` last, flat."""
-    parts = [
-        panel_factors(panel, beam, settings, *spaced_pixels(panel, spacing))
-        for panel in detector
-    ]
-    return {
-        name: np.concatenate([part[name].ravel() for part in parts])
-        for name in parts[0]
-    }
-
-
-@dataclasses.dataclass(frozen=True)
-class DetectorView:
-    """Where the pixels that are looked at are seen, as the pictures of masks need it.
-
-    Attributes:
-        rings: Coordinates in the plane that the beam meets perpendicularly, in pixels.
-        beam: The beam.
-        size: Pixels along the edge of a cell of the picture.
-    """
-
-    rings: Rings
-    beam: Beam
-    size: float
-
-    def cells(self) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-        """Row and column of each pixel in a picture, -1 if it has none, and its shape."""
-        u, v = self.rings.u, self.rings.v
-        known = np.isfinite(u)
-        row, column = (np.full(len(u), -1) for _ in range(2))
-        row[known] = (np.nanmax(v) - v[known]) // self.size
-        column[known] = (u[known] - np.nanmin(u)) // self.size
-        return row, column, (int(row.max()) + 1, int(column.max()) + 1)
-
-
-def detector_view(detector: Detector, beam: Beam, spacing: int) -> DetectorView:
-    """The view of a detector along the beam, +x to the right and +y upwards.
-
-    Args:
-        detector, beam: The models.
-        spacing: As of ``pixel_values``.
-    """
-    s0 = np.array(beam.get_unit_s0())
-    up = np.array((0.0, 1.0, 0.0)) if abs(s0[1]) < 0.9 else np.array((1.0, 0.0, 0.0))
-    right = np.cross(s0, up)
-    right /= np.linalg.norm(right)
-    frame = np.array([right, np.cross(right, s0), s0])
-    positions = [
-        pixel_vectors(panel, *spaced_pixels(panel, spacing))[0].reshape(3, -1)
-        for panel in detector
-    ]
-    x, y, z = frame @ np.concatenate(positions, axis=1)
-    step = min(min(panel.get_pixel_size()) for panel in detector) / max(z.max(), 1e-3)
-    forward = z * MAX_TAN > np.hypot(x, y)
-    u, v = (np.full(len(z), np.nan) for _ in range(2))
-    u[forward] = x[forward] / z[forward] / step
-    v[forward] = y[forward] / z[forward] / step
-    rings = Rings(u, v, np.zeros(len(z), dtype=np.int32), 1, step)
-    # two, so that stretched pixels of a tilted detector leave no holes
-    return DetectorView(rings, beam, 2 * spacing)
-
-
 def plot_corrections(
     experiments: Sequence[Experiment], settings: ExtractionSettings
 ) -> Figure:
@@ -139,23 +40,24 @@ def plot_corrections(
     Args:
         experiments: Those of the detector; the beam is that of the first.
         settings: The settings of extraction.
+
+    Raises:
+        ValueError: No pixel is in the forward direction.
     """
-    detector, beam = experiments[0].detector, experiments[0].beam
-    spacing = pixel_spacing(detector)
-    values = pixel_values(detector, beam, settings.corrections, spacing)
-    names = list(values)[:-1]
-    factors = [*(FACTORS[name] for name in names), product_of(names)]
-    n_plots = len(factors) + settings.corrections.exposure
-    view = detector_view(detector, beam, spacing)
-    cells = view.cells()
-    figure, axes = _axes_of(n_plots, pictures.aspect(cells[2]))
-    for ax, factor, flat in zip(axes, factors, values.values()):
-        _plot_factor(ax, factor, flat, view, cells)
-    if settings.corrections.exposure:
-        _plot_exposure(axes[len(factors)], experiments)
-    panels = "1 panel" if len(detector) == 1 else f"{len(detector)} panels"
+    view = view_corrections(experiments, settings, PICTURE_PIXELS)
+    if not view.pictures:
+        raise ValueError(
+            "There is nothing to draw of a detector at scattering angles near 90 degrees "
+            "and above: leave out output.corrections"
+        )
+    n_plots = len(view.factors) + (view.times is not None)
+    figure, axes = _axes_of(n_plots, aspect(view.pictures[0].shape))
+    for ax, factor, picture in zip(axes, view.factors, view.pictures):
+        _plot_factor(ax, factor, picture, view)
+    if view.times is not None:
+        _plot_exposure(axes[len(view.factors)], view.times)
     figure.suptitle(
-        f"Corrections of a detector of {panels}, {beam.get_wavelength():.4f} Å\n"
+        f"Corrections of a {view.title}\n"
         "pixels from the beam, along +x (right) and +y (up) of the laboratory",
         fontsize="medium",
     )
@@ -184,35 +86,26 @@ def _axes_of(n_plots: int, aspect: float) -> tuple[Figure, list[Axes]]:
 
 
 def _plot_factor(
-    ax: Axes,
-    factor: Factor,
-    values: np.ndarray,
-    view: DetectorView,
-    cells: tuple[np.ndarray, np.ndarray, tuple[int, int]],
+    ax: Axes, factor: Factor, picture: np.ndarray, view: CorrectionView
 ) -> None:
-    """A picture of the values of all pixels, with a colour bar."""
-    row, column, shape = cells
-    extent = pictures.picture_extent(view, shape, view.size)
-    picture = pictures.to_picture(values * factor.scale, row, column, shape)
+    """A picture of a factor, with a colour bar."""
     image = ax.imshow(
         np.ma.masked_invalid(picture),
         cmap="YlOrRd",
-        extent=extent,
+        extent=view.extent,
         interpolation="nearest",
     )
-    pictures.draw_rings(ax, view, extent)
+    draw_rings(ax, view.beam_view, view.extent)
     ax.plot(0, 0, "+", color="#1f77b4", ms=12, mew=1.5)
-    ax.set_xlim(extent[:2])
-    ax.set_ylim(extent[2:])
+    ax.set_xlim(view.extent[:2])
+    ax.set_ylim(view.extent[2:])
     ax.set_title(factor.name)
-    unit = f" ({factor.unit})" if factor.unit else ""
     bar = ax.inset_axes((1.03, 0, 0.04, 1))
-    ax.figure.colorbar(image, cax=bar, label=factor.symbol + unit)
+    ax.figure.colorbar(image, cax=bar, label=factor.symbol_and_unit)
 
 
-def _plot_exposure(ax: Axes, experiments: Sequence[Experiment]) -> None:
+def _plot_exposure(ax: Axes, times: np.ndarray) -> None:
     """Exposure time of the images, in their order."""
-    times = np.concatenate([exposure_times(experiment) for experiment in experiments])
     few = len(times) < 100
     number = np.arange(1, len(times) + 1)
     ax.plot(number, times, ".-" if few else "-", drawstyle="steps-mid", color="#1f77b4")

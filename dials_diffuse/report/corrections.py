@@ -2,8 +2,8 @@
 
 Each factor of the normalisation of a pixel (polarization, solid angle, efficiency of the
 sensor, transmission of the gas on the way, exposure) is summarised for each detector in
-each beam, from some thousand pixels that stand for their neighbours. ``correction_pictures``
-draws them.
+each beam, from some thousand pixels that stand for their neighbours. ``correction_view``
+has them as pictures.
 """
 
 from __future__ import annotations
@@ -45,9 +45,12 @@ class Factor(NamedTuple):
     scale: float = 1.0
 
     @property
+    def symbol_and_unit(self) -> str:
+        return f"{self.symbol} ({self.unit})" if self.unit else self.symbol
+
+    @property
     def label(self) -> str:
-        unit = f" ({self.unit})" if self.unit else ""
-        return f"{self.name} {self.symbol}{unit}"
+        return f"{self.name} {self.symbol_and_unit}"
 
 
 FACTORS = {

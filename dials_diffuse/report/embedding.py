@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
+from typing import TYPE_CHECKING
 
 import jinja2
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def embed(content: bytes, kind: str) -> str:
@@ -36,6 +39,10 @@ def page_environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["figure"] = format_figure
+    environment.policies["json.dumps_kwargs"] = {
+        "allow_nan": False,  # browsers refuse it
+        "separators": (",", ":"),
+    }
     return environment
 
 

@@ -30,8 +30,12 @@ from dials_diffuse.masks.make import LAYERS, MadeMask
 from dials_diffuse.masks.series import flatten
 from dials_diffuse.masks.settings import DYNAMIC_LAYERS
 from dials_diffuse.masks.shadow import to_plane
+from dials_diffuse.report.beam_view import (
+    BeamView,
+    resolution_circles,
+    to_picture,
+)
 from dials_diffuse.report.embedding import embed, page_environment
-from dials_diffuse.report.slices import circle_resolutions
 
 MAX_EDGE = 720  # cells of a picture: each is a pixel of the screen at least
 MASKED = "#d62728"
@@ -58,18 +62,6 @@ def picture_cells(
     row[~known] = column[~known] = -1
     small = (shape[0] - 1) // binning + 1, (shape[1] - 1) // binning + 1
     return row, column, small, binning * size
-
-
-def to_picture(
-    values: np.ndarray, row: np.ndarray, column: np.ndarray, shape: tuple[int, int]
-) -> np.ndarray:
-    """Mean of the values in each cell of a picture, NaN where there are none."""
-    inside = (row >= 0) & np.isfinite(values)
-    place = row[inside] * shape[1] + column[inside]
-    n = np.bincount(place, minlength=shape[0] * shape[1])
-    total = np.bincount(place, values[inside], minlength=len(n))
-    with np.errstate(invalid="ignore"):
-        return np.where(n > 0, total / n, np.nan).reshape(shape)
 
 
 def cells_without_holes(
@@ -233,16 +225,10 @@ def _mark_pixels(ax: Axes, made: MadeMask, masked: np.ndarray) -> bool:
 
 
 def draw_rings(
-    ax: Axes, made: MadeMask, extent: tuple[float, float, float, float]
+    ax: Axes, made: MadeMask | BeamView, extent: tuple[float, float, float, float]
 ) -> None:
     """Circles of equal resolution, labelled with d in Å."""
-    beam = made.beam
-    wavelength = beam.get_wavelength()
-    farthest = max(map(abs, extent))
-    d_min = wavelength / (2 * math.sin(math.atan(farthest * made.rings.step) / 2))
-    for d in circle_resolutions(d_min):
-        two_theta = 2 * math.asin(wavelength / (2 * d))
-        radius = math.tan(two_theta) / made.rings.step
+    for d, radius in resolution_circles(made.beam, made.rings.step, extent):
         ax.add_patch(
             Circle((0, 0), radius, fill=False, lw=0.5, ls="--", color="#1f77b4")
         )

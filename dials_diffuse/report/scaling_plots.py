@@ -9,13 +9,21 @@ from typing import Any, Mapping, Sequence
 
 import numpy as np
 
-from dials_diffuse.report.embedding import page_environment
-from dials_diffuse.report.extraction import BLUE, D_TICKS, GREEN, GREY, RED
 from dials_diffuse.report.extraction_record import finite
+from dials_diffuse.report.plotly_page import (
+    BLUE,
+    GREEN,
+    GREY,
+    RED,
+    Plot,
+    layout_of,
+    level_at,
+    log_axis,
+    on_resolution,
+    render_plots,
+    trace_of,
+)
 from dials_diffuse.scaling.model import DIVERGING
-
-# Where no plotly is installed, its script is loaded when the page is opened.
-PLOTLY_URL = "https://cdn.plot.ly/plotly-2.35.2.min.js"
 
 STATES = {
     "before": ("Before", GREY),
@@ -25,20 +33,7 @@ STATES = {
 CHI_SQUARE = "χ² per degree of freedom"
 COUNTS = "Expected counts of an observation (photons)"
 FEW = 20  # observations; their χ² and share of outliers say nothing and are not drawn
-MANY_POINTS = 3000  # from which on points are drawn by WebGL
 WORST = 20  # experiments in the table
-
-Plot = dict[str, Any]
-
-
-def plotly_source() -> str | None:
-    """The script of plotly; None if it is not installed."""
-    try:
-        from plotly.offline import get_plotlyjs
-
-        return get_plotlyjs()
-    except (ImportError, OSError):
-        return None
 
 
 def make_plots(record: Mapping[str, Any]) -> dict[str, Plot]:
@@ -80,34 +75,13 @@ def make_plots(record: Mapping[str, Any]) -> dict[str, Plot]:
     return {name: plot for name, plot in plots.items() if plot is not None}
 
 
-def _layout(title: str, x: str, y: str, **more: Any) -> Plot:
-    return {
-        "title": {"text": title},
-        "xaxis": {"title": {"text": x}, **more.pop("xaxis", {})},
-        "yaxis": {"title": {"text": y}, **more.pop("yaxis", {})},
-        **more,
-    }
-
-
-def _trace(
-    x: Sequence[Any], y: Sequence[Any], name: str, colour: str, mode: str
-) -> Plot:
-    """A line or points; the ranges of images of different experiments are not joined."""
-    return {
-        "x": list(x),
-        "y": list(y),
-        "name": name,
-        "mode": mode,
-        "type": "scattergl" if len(x) > MANY_POINTS else "scatter",
-        "line": {"color": colour, "width": 1.5},
-        "marker": {"color": colour, "size": 5 if len(x) <= 300 else 3},
-    }
-
-
 def plot_course(
     record: Mapping[str, Any], name: str, title: str, label: str, neutral: float
 ) -> Plot | None:
-    """A term along the images: a line for each sweep, a point for each still."""
+    """A term along the images: a line for each sweep, a point for each still.
+
+    Those of different sweeps are not joined.
+    """
     images = record["images"]
     if name not in images:
         return None
@@ -117,21 +91,14 @@ def plot_course(
     data = []
     if stills:
         own = [x[i] for i in stills], [y[i] for i in stills]
-        data.append(_trace(*own, "Stills", BLUE, "markers"))
+        data.append(trace_of(*own, "Stills", BLUE, "markers"))
     for k in dict.fromkeys(k for k in number if not is_still[k]):
         mine = [i for i, own in enumerate(number) if own == k]
         line = [x[i] for i in mine], [y[i] for i in mine]
-        data.append(_trace(*line, f"Sweep {k}", BLUE, "lines"))
-    layout = _layout(title, images["label"], label, showlegend=False)
-    layout["shapes"] = [_level(neutral)]
+        data.append(trace_of(*line, f"Sweep {k}", BLUE, "lines"))
+    layout = layout_of(title, images["label"], label, showlegend=False)
+    layout["shapes"] = [level_at(neutral)]
     return {"data": data, "layout": layout}
-
-
-def _level(y: float) -> Plot:
-    """A dashed line across a plot."""
-    line = {"color": GREY, "width": 1, "dash": "dash"}
-    ends = {"xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y}
-    return {"type": "line", "line": line, **ends}
 
 
 def plot_agreement(
@@ -140,8 +107,8 @@ def plot_agreement(
     """A correlation for each range of images."""
     if all(value is None for value in images[name]):
         return None
-    data = [_trace(images["x"], images[name], label, BLUE, "markers")]
-    layout = _layout(title, images["label"], label, showlegend=False)
+    data = [trace_of(images["x"], images[name], label, BLUE, "markers")]
+    layout = layout_of(title, images["label"], label, showlegend=False)
     return {"data": data, "layout": layout}
 
 
@@ -154,49 +121,16 @@ def plot_chi_square(
 ) -> Plot:
     """χ² in the three states."""
     data = [
-        _trace(x, of_many(found, f"chi_square_{state}"), name, colour, mode)
+        trace_of(x, of_many(found, f"chi_square_{state}"), name, colour, mode)
         for state, (name, colour) in STATES.items()
     ]
-    layout = _layout(title, label, CHI_SQUARE)
+    layout = layout_of(title, label, CHI_SQUARE)
     layout["yaxis"]["rangemode"] = "tozero"
     values = [v for trace in data for v in trace["y"] if v is not None and v > 0]
     if values and max(values) > 10 * min(values):
         layout["yaxis"] = log_axis(CHI_SQUARE, values)
-    layout["shapes"] = [_level(1.0)]
+    layout["shapes"] = [level_at(1.0)]
     return {"data": data, "layout": layout}
-
-
-def log_axis(title: str, values: Sequence[float]) -> Plot:
-    """A logarithmic axis with ticks at 1, 2 and 5, or powers of ten."""
-    positive = [value for value in values if value is not None and value > 0]
-    ticks = _log_ticks(min(positive, default=1.0), max(positive, default=1.0))
-    text = [f"{value:,.10g}".replace(",", " ") for value in ticks]
-    axis = {"title": {"text": title}, "type": "log"}
-    return {**axis, "tickvals": ticks, "ticktext": text}
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers that cover a range, about ten at the most."""
-    decades = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
-    factors = (1, 2, 5) if len(decades) < 5 else (1,)
-    return [float(f"{m}e{n:.0f}") for n in decades for m in factors]
-
-
-def on_resolution(plot: Plot, last: str = "xaxis") -> Plot:
-    """The same plot with an axis of s that is labelled by d."""
-    x = [value for trace in plot["data"] for value in trace["x"]]
-    low, high = min(x), max(x)
-    ticks: list[float] = []
-    for d in D_TICKS:
-        apart = not ticks or 1 / d - 1 / ticks[-1] > 0.07 * (high - low)
-        if low <= 1 / d <= high and apart:
-            ticks.append(d)
-    plot["layout"][last] = {
-        "title": {"text": "d (Å), linear in 1/d"},
-        "tickvals": [1 / d for d in ticks],
-        "ticktext": [f"{d:g}" for d in ticks],
-    }
-    return plot
 
 
 def plot_intensity(intensity: Mapping[str, Any]) -> Plot | None:
@@ -218,27 +152,27 @@ def plot_offset(
     s, data = offset["s"], []
     if offset["profiles"]:
         for profile in offset["profiles"]:
-            data.append(_trace(s, profile, "Offset of a still", BLUE, "lines"))
+            data.append(trace_of(s, profile, "Offset of a still", BLUE, "lines"))
         for trace in data[1:]:
             trace["showlegend"] = False
     else:
         n, parts = offset["n"], offset["percentiles"]
         for low, high, alpha in (("5", "95", 0.15), ("25", "75", 0.3)):
-            edge = _trace(s, parts[low], "", BLUE, "lines")
+            edge = trace_of(s, parts[low], "", BLUE, "lines")
             edge.update(showlegend=False, line={"width": 0})
-            band = _trace(s, parts[high], f"{low} to {high} %", BLUE, "lines")
+            band = trace_of(s, parts[high], f"{low} to {high} %", BLUE, "lines")
             band.update(
                 fill="tonexty", fillcolor=f"rgba(31,78,121,{alpha})", line={"width": 0}
             )
             data += [edge, band]
         data.append(
-            _trace(s, parts["50"], f"Median offset of {n} stills", BLUE, "lines")
+            trace_of(s, parts["50"], f"Median offset of {n} stills", BLUE, "lines")
         )
-    mean = _trace(
+    mean = trace_of(
         resolution["s"], resolution["intensity"], "Mean intensity", RED, "lines"
     )
     mean["line"]["dash"] = "dash"
-    layout = _layout("Offset c", "", "Photons s⁻¹ sr⁻¹")
+    layout = layout_of("Offset c", "", "Photons s⁻¹ sr⁻¹")
     return on_resolution({"data": [*data, mean], "layout": layout})
 
 
@@ -278,7 +212,7 @@ def _map(detector: Mapping[str, Any], z: np.ndarray, title: str, colours: Plot) 
     """An image of the detector as seen along the beam."""
     colours["colorbar"]["thickness"] = 14
     horizontal, vertical = detector["labels"]
-    layout = _layout(title, horizontal, vertical)
+    layout = layout_of(title, horizontal, vertical)
     layout["xaxis"].update(constrain="domain", showgrid=False)
     layout["yaxis"].update(
         autorange="reversed", scaleanchor="x", constrain="domain", showgrid=False
@@ -327,10 +261,10 @@ def plot_outliers(record: Mapping[str, Any]) -> dict[str, Plot]:
         )
     for name, (found, x, title, mode) in cases.items():
         data = [
-            _trace(x, per_cent(found, kind), text, colour, mode)
+            trace_of(x, per_cent(found, kind), text, colour, mode)
             for kind, (text, colour) in kinds.items()
         ]
-        layout = _layout(title, images["label"], label, yaxis={"rangemode": "tozero"})
+        layout = layout_of(title, images["label"], label, yaxis={"rangemode": "tozero"})
         plots[f"outliers_{name}"] = {"data": data, "layout": layout}
     on_resolution(plots["outliers_resolution"])
     if "outliers_intensity" in plots:
@@ -347,11 +281,11 @@ def plot_normal_probability(model: Mapping[str, Any]) -> Plot | None:
         return None
     ends = [min(x), max(x)]
     data = [
-        _trace(x, y, "Deviations", BLUE, "markers"),
-        _trace(ends, ends, "Normal distribution", GREY, "lines"),
+        trace_of(x, y, "Deviations", BLUE, "markers"),
+        trace_of(ends, ends, "Normal distribution", GREY, "lines"),
     ]
     title = "Normal probability of the deviations"
-    layout = _layout(title, "Expected (σ)", "Observed (σ of the error model)")
+    layout = layout_of(title, "Expected (σ)", "Observed (σ of the error model)")
     return {"data": data, "layout": layout}
 
 
@@ -394,13 +328,11 @@ def render_page(record: Mapping[str, Any]) -> str:
         record: What is written as JSON too, of ``scaling_record``.
     """
     plots = make_plots(record)
-    environment = page_environment()
     known = record["refined_against"] is not None
-    return environment.get_template("scaling.html").render(
+    return render_plots(
+        "scaling.html",
+        plots,
         **record,
-        plots=plots,
         sections=sections(plots),
         worst=worst_experiments(record) if known else [],
-        plotly=plotly_source(),
-        plotly_url=PLOTLY_URL,
     )

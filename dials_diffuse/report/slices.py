@@ -22,6 +22,7 @@ from matplotlib.transforms import Affine2D
 
 from dials_diffuse.grid import Grid
 from dials_diffuse.merging.estimate import interpolate_shells
+from dials_diffuse.report.beam_view import circle_resolutions
 
 if TYPE_CHECKING:
     from dials_diffuse.io.maps import MapFile
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 NOT_OBSERVED = "0.8"
 # Share of the voxels at each end whose colour is cut off, in percent.
 CUT_OFF = 0.5
-ROUND_D = (50, 30, 20, 15, 10, 8, 6, 5, 4, 3, 2.5, 2, 1.7, 1.5, 1.3, 1.2, 1.1, 1)
-ROUND_D += (0.9, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,18 +191,6 @@ def draw_layer(
     ax.set_ylim(-1.2 / d_min, 1.2 / d_min)
     ax.set_ylabel("Å⁻¹")
     return image
-
-
-def circle_resolutions(d_min: float) -> list[float]:
-    """Round d-spacings (Å) for circles about evenly spaced in s, and d_min itself."""
-    chosen: list[float] = []
-    last = 0.0
-    for d in ROUND_D:
-        fraction = d_min / d
-        if fraction - last >= 0.2 and fraction <= 0.87:
-            chosen.append(float(d))
-            last = fraction
-    return [*chosen, d_min]
 
 
 def _draw_circles(ax: Axes, d_min: float) -> None:

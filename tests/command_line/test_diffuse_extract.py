@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import json
 import pickle
+import re
 import resource
 import shutil
 import subprocess
@@ -311,7 +312,17 @@ def test_report_has_the_figures_of_the_data(stills):
     assert [f["label"][:5] for f in pair["factors"]][:2] == ["polar", "solid"]
     page = Path("page.html").read_text()
     assert f"<td>{record['pixels']['used']}</td>" in page
-    assert page.count("<img") == 4
+    (data,) = re.findall(r'id="plot-data">(.*)</script>', page)
+    plots = json.loads(data)
+    photons, intensity, _ = plots["blocks"]["data"]
+    assert (photons["x0"], photons["dx"]) == (0, 1)
+    for trace, name in ((photons, "photons_per_pixel"), (intensity, "intensity")):
+        assert trace["y"] == pytest.approx(record["blocks"][name], rel=5e-4)
+    mean = plots["geometry"]["data"][1]["y"]
+    assert mean == pytest.approx(record["geometry"]["images"]["mean"], rel=5e-4)
+    assert all(f'id="{name}"' in page for name in plots)
+    titles = {plot["layout"]["title"]["text"] for plot in plots.values()}
+    assert {"Polarization", "Solid angle", "Product", "Exposure"} <= titles
     assert "No image is beyond it" in page and "Warnings" not in page
 
 

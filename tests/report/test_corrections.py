@@ -21,11 +21,13 @@ from scitbx.array_family import flex
 from dials_diffuse.extraction.settings import CorrectionSettings, ExtractionSettings
 from dials_diffuse.extraction.tables import panel_arrays
 from dials_diffuse.report import correction_pictures, corrections
+from dials_diffuse.report import correction_plots as plots_module
 from dials_diffuse.report.correction_pictures import (
     draw_corrections,
-    pixel_values,
     plot_corrections,
 )
+from dials_diffuse.report.correction_plots import correction_plots
+from dials_diffuse.report.correction_view import pixel_values, view_corrections
 from dials_diffuse.report.corrections import (
     log_corrections,
     sample_pixels,
@@ -271,6 +273,72 @@ def test_a_file_for_each_detector(tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.INFO, "dials.diffuse.extract"):
         assert len(draw_corrections(tmp_path / "d.png", experiments, SETTINGS)) == 1
     assert "first 1 of 2 detectors only" in caplog.text
+
+
+def test_plots_of_the_page_have_the_factors():
+    """Each number in its place, to the fourth digit of the range of the factor."""
+    experiment = sweep()
+    plots, (shown,), n_detectors = correction_plots(
+        experiment_list(experiment), SETTINGS
+    )
+    assert n_detectors == 1 and shown.names == list(plots) and shown.n_images == 4
+    assert shown.title == "detector of 2 panels, 1.0000 Å"
+    view = view_corrections([experiment], SETTINGS, plots_module.PIXELS)
+    *pictures, exposure = plots.values()
+    titles = [plot["layout"]["title"]["text"].lower() for plot in pictures]
+    assert titles == [factor.name for factor in view.factors]
+    for plot, factor, picture in zip(pictures, view.factors, view.pictures):
+        heatmap, beam = plot["data"]
+        z = np.array(heatmap["z"], dtype=float)[::-1]
+        width = np.nanmax(picture) - np.nanmin(picture)
+        np.testing.assert_allclose(z, picture, atol=1e-3 * width)
+        assert np.isnan(z).any()  # between the panels
+        assert heatmap["colorbar"]["title"]["text"] == factor.symbol_and_unit
+        assert (beam["x"], beam["y"]) == ([0], [0])
+        left, right, bottom, top = view.extent
+        n_rows, n_columns = picture.shape
+        assert heatmap["x0"] - heatmap["dx"] / 2 == pytest.approx(left, abs=0.01)
+        assert left + n_columns * heatmap["dx"] == pytest.approx(right)
+        assert bottom + n_rows * heatmap["dy"] == pytest.approx(top)
+        assert plot["layout"]["yaxis"]["scaleanchor"] == "x"
+    (trace,) = exposure["data"]
+    assert (trace["x"], trace["y"]) == ([1, 2, 3, 4], list(TIMES))
+
+
+def test_equal_exposures_are_a_line_between_two_points():
+    times = (0.1,) * 50 + (0.2,) * 50
+    plots, _, _ = correction_plots(experiment_list(sweep(times=times)), SETTINGS)
+    (trace,) = plots["correction_0_exposure"]["data"]
+    assert (trace["x"], trace["y"]) == ([1, 50, 51, 100], [0.1, 0.1, 0.2, 0.2])
+    assert trace["line"]["shape"] == "hvh"
+
+
+def test_page_shows_each_detector(monkeypatch):
+    """Four at the most; the more there are, the coarser they are shown."""
+    experiments = experiment_list(
+        *(
+            still(make_detector(distance=20.0 + i), make_beam(), str(i))
+            for i in range(5)
+        )
+    )
+    plots, shown, n_detectors = correction_plots(experiments, FACTORS_ONLY)
+    assert (len(shown), n_detectors, len(plots)) == (4, 5, 4 * 5)
+    monkeypatch.setattr(plots_module, "PIXELS", 2000)
+    coarse, _, _ = correction_plots(experiments, FACTORS_ONLY)
+    sizes = [p["correction_0_1"]["data"][0]["dx"] for p in (plots, coarse)]
+    assert sizes[1] >= 2 * sizes[0]
+
+
+def test_detector_behind_the_sample_has_no_pictures():
+    detector = make_detector()
+    panel = detector[0]
+    x, y, z = panel.get_origin()
+    panel.set_frame(panel.get_fast_axis(), panel.get_slow_axis(), (x, y, -z))
+    experiments = experiment_list(still(detector, make_beam()))
+    plots, (shown,), _ = correction_plots(experiments, SETTINGS)
+    assert list(plots) == shown.names == ["correction_0_exposure"]
+    with pytest.raises(ValueError, match="nothing to draw of a detector at scatt"):
+        plot_corrections(list(experiments), SETTINGS)
 
 
 def test_picture_in_a_folder_that_is_missing(tmp_path):

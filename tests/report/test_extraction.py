@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,9 +29,14 @@ from dials_diffuse.extraction.settings import ExtractionSettings
 from dials_diffuse.extraction.totals import block_of_rows
 from dials_diffuse.geometry.validation import ImageResiduals
 from dials_diffuse.grid import Grid
-from dials_diffuse.report import extraction
-from dials_diffuse.report.extraction import ImageAxis, plot_geometry
+from dials_diffuse.report.extraction import (
+    plot_blocks,
+    plot_geometry,
+    plot_indexing,
+    plot_shells,
+)
 from dials_diffuse.report.extraction_record import finite
+from dials_diffuse.report.image_axis import ImageAxis
 
 GRID = Grid((26.0, 31.0, 22.0, 90.0, 90.0, 90.0), (2, 2, 2), "P 2 2", 2.4, 9.0)
 
@@ -92,8 +96,7 @@ def test_left_out_images_have_no_pixels():
 
 
 def test_pixels_add_up():
-    peaks = SimpleNamespace(n_pixels=np.array([5, 7]))
-    record = pixels_record(StaticPixels(100, 10, 20, False), peaks, 50)
+    record = pixels_record(StaticPixels(100, 10, 20, False), 12, 50)
     assert (record["bragg"], record["dropped"]) == (12, 8)
 
 
@@ -141,13 +144,26 @@ def test_every_image_is_plotted():
     images = residuals([0.001] * 5 + [0.004])
     record = geometry_record(images, 0.003, given=False, reject=False)
     axes = {"first_image": [1] * 6, "n_images": [1] * 6}
-    (ax,) = plot_geometry(record, axes).axes
-    lines = {line.get_label(): line for line in ax.lines}
-    red = lines["mean beyond the tolerance"]
-    assert red.get_xdata().tolist() == [5] and red.get_ydata().tolist() == [0.004]
-    assert len(lines["largest of an image"].get_xdata()) == 6
-    assert set(lines["tolerance of the mean"].get_ydata()) == {0.003}
-    assert ax.get_xlabel() == "Experiment"
+    plot = plot_geometry(record, axes)
+    traces = {trace["name"]: trace for trace in plot["data"]}
+    red = traces["mean beyond the tolerance"]
+    assert (red["x"], red["y"]) == ([5], [0.004])
+    largest = traces["largest of an image"]
+    assert (largest["x0"], largest["dx"]) == (0, 1)
+    assert largest["y"] == [0.003] * 5 + [0.012]
+    mean = traces["mean, with its standard error"]
+    assert (mean["x0"], mean["dx"], mean["y"]) == (0, 1, [0.001] * 5)
+    assert mean["error_y"]["array"] == [1e-5] * 5
+    assert set(traces["tolerance of the mean"]["y"]) == {0.003}
+    assert plot["layout"]["xaxis"]["title"]["text"] == "Experiment"
+
+
+@pytest.mark.parametrize("largest, kind", [(7.9, None), (8.1, "log")])
+def test_far_spots_make_the_axis_logarithmic(largest, kind):
+    images = residuals([0.001, 0.001, 0.001 * largest])
+    record = geometry_record(images, 0.003, given=False, reject=False)
+    plot = plot_geometry(record, {"first_image": [1] * 3, "n_images": [1] * 3})
+    assert plot["layout"]["yaxis"].get("type") == kind
 
 
 @pytest.mark.parametrize(
@@ -166,17 +182,82 @@ def test_place_of_images(first, n_images, label, place):
     assert axis.place([last], [image]) == [place if label != "Experiment" else last]
 
 
-def test_large_runs_make_small_pages():
-    """Twenty thousand stills are one picture as twenty are."""
+def blocks_of(n: int) -> dict:
+    """Blocks of n stills, every third number not known."""
     rng = np.random.default_rng(5)
-    sizes = []
-    for n in (20, 20_000):
-        images = residuals(rng.gamma(20, 5e-5, n))
-        record = geometry_record(images, 0.003, given=False, reject=False)
-        axes = {"first_image": np.ones(n, int), "n_images": np.ones(n, int)}
-        sizes.append(len(extraction._picture(plot_geometry(record, axes))))
-        assert len(worst_images(record)) == 20
-    assert sizes[1] < 300_000
+    intensity = rng.gamma(20, 5e7, n)
+    intensity[::3] = np.nan
+    return finite(
+        {
+            "experiment": np.arange(n),
+            "first_image": np.ones(n, dtype=int),
+            "n_images": np.ones(n, dtype=int),
+            "n_pixels": rng.integers(4e6, 5e6, n),
+            "photons_per_pixel": rng.gamma(20, 0.1, n),
+            "background_per_pixel": rng.gamma(20, 0.05, n),
+            "intensity": intensity,
+        }
+    )
+
+
+def test_large_runs_make_small_pages():
+    """Twenty thousand stills need less than two megabytes, and are all there."""
+    n = 20_000
+    images = residuals(np.random.default_rng(5).gamma(20, 5e-5, n))
+    record = geometry_record(images, 0.003, given=False, reject=False)
+    axes = {"first_image": np.ones(n, int), "n_images": np.ones(n, int)}
+    plots = [plot_geometry(record, axes), plot_blocks(blocks_of(n), axes)]
+    text = json.dumps(plots, allow_nan=False, separators=(",", ":"))
+    assert len(text) < 2_000_000
+    assert len(worst_images(record)) == 20
+    for trace in (*plots[0]["data"][:1], *plots[1]["data"]):
+        assert (len(trace["y"]), trace["type"]) == (n, "scattergl")
+        assert (trace["x0"], trace["dx"]) == (0, 1)
+
+
+def test_blocks_are_plotted_as_they_are():
+    """A block of each sweep at the middle of its images, and marks where sweeps begin."""
+    blocks = blocks_of(4)
+    blocks["experiment"] = [0, 0, 1, 1]
+    blocks["first_image"], blocks["n_images"] = [1, 6, 11, 16], [5, 5, 5, 2]
+    plot = plot_blocks(blocks, {"first_image": [1, 11], "n_images": [10, 7]})
+    traces = {trace["name"]: trace for trace in plot["data"]}
+    assert traces["all photons"]["x"] == [2, 7, 12, 15.5]
+    for name, column in (
+        ("all photons", "photons_per_pixel"),
+        ("background", "background_per_pixel"),
+        ("mean intensity", "intensity"),
+    ):
+        expected = [x and pytest.approx(x, rel=5e-4) for x in blocks[column]]
+        assert traces[name]["y"] == expected
+    assert traces["mean intensity"]["y"][0] is None
+    pixels = np.array(blocks["n_pixels"]) / blocks["n_images"]
+    np.testing.assert_allclose(traces["pixels"]["y"], pixels / 1000, rtol=5e-4)
+    shapes = plot["layout"]["shapes"]
+    assert [shape["x0"] for shape in shapes] == [-0.5, 9.5]
+    assert [text["text"] for text in plot["layout"]["annotations"]] == ["0", "1"]
+    without = {**blocks, "background_per_pixel": [0.0] * 4}
+    plot = plot_blocks(without, {"first_image": [1, 11], "n_images": [10, 7]})
+    assert "background" not in [trace["name"] for trace in plot["data"]]
+
+
+def test_shells_are_plotted_by_their_middle():
+    names = ("intensity", "photons_per_pixel", "background_per_pixel")
+    limits = [(None, 4.0), (4.0, 2.0), (2.0, 1.6)]
+    shells = [
+        {"d_max": d_max, "d_min": d_min, **dict.fromkeys(names, 2.0 + i)}
+        for i, (d_max, d_min) in enumerate(limits)
+    ]
+    shells[2]["intensity"] = None
+    plots = plot_shells(shells)
+    (intensity,) = plots["shells_intensity"]["data"]
+    assert intensity["x"] == pytest.approx([0.125, 0.375, 0.5625])
+    assert intensity["y"] == [2.0, 3.0, None]
+    assert len(plots["shells_counts"]["data"]) == 2
+    axis = plots["shells_counts"]["layout"]["xaxis"]
+    assert axis["range"] == [0, 0.625]
+    for s, text in zip(axis["tickvals"], axis["ticktext"]):
+        assert 1 / s == pytest.approx(float(text))
 
 
 def indexing(evidence) -> Indexing:
@@ -201,8 +282,10 @@ def test_crystals_in_doubt_are_listed_first():
     assert rows[1]["best_operator"] == rows[1]["operator"] != "h,k,l"
     text = json.dumps(finite(record), allow_nan=False)
     assert json.loads(text)["crystals"][2]["evidence"] is None
-    (ax,) = extraction.plot_indexing(finite(record)).axes
-    assert sum(len(line.get_xdata()) for line in ax.lines[:2]) == 4
+    *settings, sure = plot_indexing(finite(record))["data"]
+    assert [trace["y"] for trace in settings] == [[8.0, None], [1.0, 7.0]]
+    assert [trace["name"][-1] for trace in settings] == ["2", "2"]
+    assert set(sure["y"]) == {record["sure_from"]}
 
 
 def test_json_has_no_nan():

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from dials_diffuse.report.masks import PALE, masked_colours, to_picture
+from dials_diffuse.report.beam_view import to_picture
+from dials_diffuse.report.masks import PALE, masked_colours
 
 
 def test_thin_lines_are_seen_in_reduced_pictures():

@@ -8,6 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from dials_diffuse.grid import Grid
 from dials_diffuse.report import slices
+from dials_diffuse.report.beam_view import circle_resolutions
 
 GRID = Grid((8.1, 9.3, 11.2, 75, 100, 110), (2, 3, 1), " P 1", 2.5)
 ISOTROPIC = {"s": np.array([0.005, 0.395]), "intensity": np.array([10.0, 2.0])}
@@ -66,7 +67,7 @@ def test_anisotropic_part_is_the_rest():
 
 def test_circles_are_round_numbers_and_the_limit():
     for d_min in (0.5, 1.0, 1.45, 2.5, 6.0):
-        chosen = slices.circle_resolutions(d_min)
+        chosen = circle_resolutions(d_min)
         assert chosen[-1] == d_min
         assert 3 <= len(chosen) <= 5
         s = 1 / np.array(chosen)

