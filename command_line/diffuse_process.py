@@ -66,7 +66,11 @@ from dials_diffuse.command_line import (
     diffuse_merge,
     diffuse_scale,
 )
-from dials_diffuse.extraction.settings import BraggSettings, ExtractionSettings
+from dials_diffuse.extraction.settings import (
+    BraggSettings,
+    ExclusionRegion,
+    ExtractionSettings,
+)
 from dials_diffuse.geometry.validation import automatic_tolerance, image_residuals
 from dials_diffuse.grid import Grid
 from dials_diffuse.io.inputs import load_reflections, read_mask
@@ -564,24 +568,33 @@ def log_record(record: dict[str, Any]) -> None:
         logger.info("Unit cell %s, space group %s", cell, crystal["space_group"])
 
 
-def known_exclusion(bragg: BraggSettings, grid: Grid) -> tuple[float, ...] | None:
-    """The ellipsoid about Bragg positions that cuts voxels; warns if there is another.
+def known_exclusion(
+    bragg: BraggSettings, grid: Grid, observations: str | os.PathLike
+) -> list[ExclusionRegion]:
+    """The regions about Bragg positions that cut voxels; warns if they are not known.
 
     Args:
         bragg: The settings of extraction.
         grid: The voxel grid.
+        observations: The table of extraction, which has what was fitted.
 
-    Returns:
-        As ``BraggSettings.metric``.
+    Raises:
+        ValueError: The table cannot be read.
     """
-    exclusion = bragg.metric(grid.cell, grid.rotations)
-    if exclusion is None and bragg.exclusion not in LEAVE_VOXELS_WHOLE:
+    metric = bragg.metric(grid.cell, grid.rotations)
+    if metric is not None:
+        return [ExclusionRegion(metric)]
+    if bragg.exclusion == "auto":
+        with ObservationFile(observations) as table:
+            if len(table.bragg_regions):
+                return list(map(ExclusionRegion.from_numbers, table.bragg_regions))
+    if bragg.exclusion not in LEAVE_VOXELS_WHOLE:
         logger.warning(
             "Warning: voxels that bragg.exclusion=%s cuts are not known here and are "
             "compared as if they were whole",
             bragg.exclusion,
         )
-    return exclusion
+    return []
 
 
 def compare_with_truth(params: Any, record: dict[str, Any]) -> tuple[str, str]:
@@ -600,7 +613,8 @@ def compare_with_truth(params: Any, record: dict[str, Any]) -> tuple[str, str]:
     logger.info("\n== Comparison with %s", params.truth)
     with MapFile(params.merge.output.map) as merged, TruthFile(params.truth) as truth:
         bragg = ExtractionSettings.from_phil(params.extract).bragg
-        exclusion = known_exclusion(bragg, merged.grid)
+        observations = params.extract.output.reflections
+        exclusion = known_exclusion(bragg, merged.grid, observations)
         comparison = compare(merged, truth, exclusion=exclusion)
     for name, text in comparison.summary():
         logger.info("%s: %s", name, text)

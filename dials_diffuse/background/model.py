@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Mapping, Sequence, TypeVar
+from typing import Mapping, NamedTuple, Sequence, TypeVar
 
 import numpy as np
 
@@ -81,14 +81,78 @@ def linear_weights(
     return k, place - k
 
 
+class ProfilePlaces(NamedTuple):
+    """Where some values of s lie among the points of profiles of one length.
+
+    Attributes:
+        k, following: Numbers of the points before and after them.
+        t: Fraction of the way between these.
+    """
+
+    k: np.ndarray
+    following: np.ndarray
+    t: np.ndarray
+
+    @classmethod
+    def of(cls, s: np.ndarray, n: int, axes: BackgroundAxes) -> ProfilePlaces:
+        """The places of s (1/Å) among n points."""
+        k, t = linear_weights(s, axes.s_start, axes.s_step, n)
+        return cls(k, np.minimum(k + 1, n - 1), t)
+
+    def value(self, profile: np.ndarray) -> np.ndarray:
+        """The values of a profile."""
+        return (1 - self.t) * profile[self.k] + self.t * profile[self.following]
+
+    def variance(self, variance: np.ndarray) -> np.ndarray:
+        """Variances from those of its points."""
+        before = (1 - self.t) ** 2 * variance[self.k]
+        return before + self.t**2 * variance[self.following]
+
+
 def profile_at(
     s: np.ndarray, profile: np.ndarray, variance: np.ndarray, axes: BackgroundAxes
 ) -> tuple[np.ndarray, np.ndarray]:
     """A profile and its variance at s (1/Å); the points are independent of each other."""
-    k, t = linear_weights(s, axes.s_start, axes.s_step, len(profile))
-    following = np.minimum(k + 1, len(profile) - 1)
-    value = (1 - t) * profile[k] + t * profile[following]
-    return value, (1 - t) ** 2 * variance[k] + t**2 * variance[following]
+    at = ProfilePlaces.of(s, len(profile), axes)
+    return at.value(profile), at.variance(variance)
+
+
+class GridPlaces(NamedTuple):
+    """Where some pixels lie among the nodes of grids of one shape.
+
+    Attributes:
+        slow, fast: Numbers of the nodes before them, along either axis.
+        u, v: Fraction of the way to the next nodes along slow and fast.
+    """
+
+    slow: np.ndarray
+    fast: np.ndarray
+    u: np.ndarray
+    v: np.ndarray
+
+    @classmethod
+    def of(
+        cls, fast: np.ndarray, slow: np.ndarray, shape: tuple[int, int], spacing: int
+    ) -> GridPlaces:
+        """The places of pixels; see ``grid_at``."""
+        i, u = linear_weights(slow, 0.0, spacing, shape[0])
+        j, v = linear_weights(fast, 0.0, spacing, shape[1])
+        return cls(i, j, u, v)
+
+    def _sum(self, nodes: np.ndarray, power: int) -> np.ndarray:
+        result = np.zeros(np.shape(self.slow))
+        for di, wi in ((0, 1 - self.u), (1, self.u)):
+            for dj, wj in ((0, 1 - self.v), (1, self.v)):
+                result += (wi * wj) ** power * nodes[self.slow + di, self.fast + dj]
+        return result
+
+    def value(self, grid: np.ndarray) -> np.ndarray:
+        """The values of a grid."""
+        return self._sum(grid, 1)
+
+    def variance(self, variance: np.ndarray) -> np.ndarray:
+        """Variances from those of the nodes."""
+        return self._sum(variance, 2)
 
 
 def grid_at(
@@ -105,14 +169,8 @@ def grid_at(
         grid, variance: Values at the nodes, (n_slow, n_fast).
         spacing: Distance of the nodes, px.
     """
-    i, u = linear_weights(slow, 0.0, spacing, grid.shape[0])
-    j, v = linear_weights(fast, 0.0, spacing, grid.shape[1])
-    value, total = np.zeros(np.shape(fast)), np.zeros(np.shape(fast))
-    for di, wi in ((0, 1 - u), (1, u)):
-        for dj, wj in ((0, 1 - v), (1, v)):
-            value += wi * wj * grid[i + di, j + dj]
-            total += (wi * wj) ** 2 * variance[i + di, j + dj]
-    return value, total
+    at = GridPlaces.of(fast, slow, grid.shape, spacing)
+    return at.value(grid), at.variance(variance)
 
 
 def evaluate(

@@ -10,7 +10,7 @@ import multiprocessing.synchronize
 import os
 import tempfile
 from pathlib import Path
-from typing import Collection, Iterator, NamedTuple, Sequence
+from typing import Callable, Collection, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
@@ -18,7 +18,11 @@ from dxtbx.model.experiment_list import ExperimentList
 
 import dials_diffuse_ext as ext
 from dials_diffuse.bragg.points import PointGrid
-from dials_diffuse.bragg.sums import PeakIntensities, peak_intensities
+from dials_diffuse.bragg.sums import (
+    PeakIntensities,
+    exclusion_regions,
+    peak_intensities,
+)
 from dials_diffuse.extraction.blocks import Block, make_blocks
 from dials_diffuse.extraction.extras import ImageExtrasSource
 from dials_diffuse.extraction.loop import accumulate_block
@@ -26,11 +30,12 @@ from dials_diffuse.extraction.runs import merge_runs, statistical_peaks, write_r
 from dials_diffuse.extraction.settings import ExtractionSettings
 from dials_diffuse.extraction.tables import (
     PanelTable,
+    PixelCounts,
     TableKey,
     detector_tables,
     table_keys,
 )
-from dials_diffuse.extraction.totals import ObservationTotals
+from dials_diffuse.extraction.totals import ObservationTotals, PeakTotals
 from dials_diffuse.grid import Grid
 from dials_diffuse.io.observations import ObservationWriter
 from dials_diffuse.util.parallel import FORK, forked_results
@@ -77,19 +82,21 @@ class TaskResult:
 
 
 class Extracted(NamedTuple):
-    """What extraction wrote, and what it leaves to write.
+    """What extraction wrote, and sums for the report.
 
     Attributes:
         n_rows: Number of observations in the table.
-        peaks: Bragg intensities of the peaks that are not in it.
+        peaks: Sums over the Bragg peaks that are not in it.
         blocks: The blocks of images that the observations were made from.
         totals: Sums over the observations.
+        pixels: Of an image with the detector, beam and mask of the first one.
     """
 
     n_rows: int
-    peaks: PeakIntensities
+    peaks: PeakTotals
     blocks: tuple[Block, ...]
     totals: ObservationTotals
+    pixels: dict[TableKey, PixelCounts]
 
 
 _job: Job | None = None
@@ -102,7 +109,7 @@ def _tables(key: TableKey) -> list[PanelTable]:
     in_parent = multiprocessing.parent_process() is None
     n_threads = _job.settings.nproc if in_parent else _job.n_threads
     experiment = _job.experiments[_job.first[key]]
-    return detector_tables(experiment, _job.settings, n_threads)
+    return detector_tables(experiment, _job.settings, n_threads, _job.grid)
 
 
 def _blocks_of_task(
@@ -130,10 +137,10 @@ def _blocks_of_task(
             extras,
         )
         result.n_images += len(block)
-        diffuse = rows[rows["key"] < n_voxels]
-        result.n_pixels += int(diffuse["n_pixels"].sum())
-        result.counts += float(diffuse["counts"].sum())
-        result.background += float(diffuse["background"].sum())
+        diffuse = rows["key"] < n_voxels
+        result.n_pixels += int(rows["n_pixels"][diffuse].sum())
+        result.counts += float(rows["counts"][diffuse].sum())
+        result.background += float(rows["background"][diffuse].sum())
         yield rows
 
 
@@ -155,14 +162,21 @@ def cut_into_tasks(blocks: Sequence[Block], nproc: int) -> list[tuple[int, int]]
     return list(zip(map(int, cuts[:-1]), map(int, cuts[1:])))
 
 
-def _run_tasks(job: Job, n_processes: int) -> list[TaskResult]:
-    """Run a job; the tables that its first images need are made before the fork."""
+def _run_tasks(
+    job: Job, n_processes: int
+) -> tuple[list[TaskResult], dict[TableKey, PixelCounts]]:
+    """Run a job; the tables that its first images need are made before the fork.
+
+    Returns:
+        The results, and the pixels of an image with these tables.
+    """
     global _job
     _job = job
     _tables.cache_clear()
     tasks = cut_into_tasks(job.blocks, n_processes)
     try:
-        _tables(job.keys[job.blocks[0].experiment])
+        key = job.keys[job.blocks[0].experiment]
+        panels = [table.pixels for table in _tables(key)]
         with progress_bar(
             total=sum(map(len, job.blocks)), desc="Extracting", unit=" images"
         ) as bar:
@@ -173,7 +187,7 @@ def _run_tasks(job: Job, n_processes: int) -> list[TaskResult]:
                 for result in results:
                     bar.update(result.n_images)
                     done.append(result)
-        return done
+        return done, {key: PixelCounts(*map(sum, zip(*panels)))}
     finally:
         _job = None
         _tables.cache_clear()
@@ -187,6 +201,7 @@ def extract(
     phil: str = "",
     inputs: list[str] | None = None,
     rejected: Collection[tuple[int, int]] = (),
+    take_peaks: Callable[[PeakIntensities], None] | None = None,
 ) -> Extracted:
     """Extract voxel observations from images to a file.
 
@@ -199,10 +214,11 @@ def extract(
         phil: The PHIL parameters, for the record.
         inputs: Names of the input files, for the record.
         rejected: Experiment and array index of images to leave out.
+        take_peaks: Called with the intensities of the Bragg peaks left out, some lattice
+            points at a time, in their order.
 
     Returns:
-        The number of observations, the Bragg intensities of the peaks left out, and sums
-        over the observations.
+        The number of observations, and sums over the peaks and the observations.
 
     Raises:
         ValueError: An image cannot be read, or no pixel is left.
@@ -210,27 +226,53 @@ def extract(
     path = Path(path)
     with enter_whole(lambda: _folder_beside(path)) as folder:
         job, n_processes = make_job(experiments, grid, settings, Path(folder), rejected)
-        results = _run_tasks(job, n_processes)
+        results, pixels = _run_tasks(job, n_processes)
         identifiers = {i: e.identifier for i, e in enumerate(experiments)}
+        paths = [path for result in results for path in result.paths]
         with ObservationWriter(path, grid, identifiers, phil, inputs) as writer:
-            paths = [path for result in results for path in result.paths]
-            left_out = None
-            if settings.bragg.exclusion == "statistical":
-                left_out = statistical_peaks(paths, grid)
-                logger.info(
-                    "%d voxels stand out of those around them and are left out",
-                    len(left_out),
-                )
-            totals = ObservationTotals(grid, job.blocks)
-            n_beyond, peaks = merge_runs(paths, grid, writer, left_out, totals)
+            peaks, totals, n_beyond = _merge(job, paths, writer, take_peaks)
     _report(results, len(job.blocks), writer.n_rows, n_beyond)
     if writer.n_rows == 0:
         raise ValueError(
             "No pixel is left: check the mask, the trusted range, the resolution "
             "limits and bragg.semi_axes"
         )
-    intensities = peak_intensities(peaks, experiments, grid, settings)
-    return Extracted(writer.n_rows, intensities, job.blocks, totals)
+    return Extracted(writer.n_rows, peaks, job.blocks, totals, pixels)
+
+
+def _merge(
+    job: Job,
+    paths: Sequence[Path],
+    writer: ObservationWriter,
+    take_peaks: Callable[[PeakIntensities], None] | None,
+) -> tuple[PeakTotals, ObservationTotals, int]:
+    """Merge the runs of a job to the table; hand over the Bragg intensities.
+
+    Returns:
+        Sums over the peaks and the observations, and the number of observations left
+        out beyond d_min.
+    """
+    experiments, grid, settings = job.experiments, job.grid, job.settings
+    regions = exclusion_regions(experiments, grid, settings)
+    peaks, totals = PeakTotals(grid, experiments), ObservationTotals(grid, job.blocks)
+    left_out = None
+    if settings.bragg.exclusion == "statistical":
+        left_out = statistical_peaks(paths, grid)
+        logger.info(
+            "%d voxels stand out of those around them and are left out", len(left_out)
+        )
+    if settings.ellipsoids:
+        fitted = [region.numbers for region in regions]
+        writer.write_bragg_regions(np.unique(fitted, axis=0))
+
+    def add_peaks(rows: np.ndarray) -> None:
+        part = peak_intensities(rows, experiments, grid, settings, regions)
+        peaks.add(part)
+        if take_peaks is not None:
+            take_peaks(part)
+
+    n_beyond = merge_runs(paths, grid, writer, left_out, totals, add_peaks)
+    return peaks, totals, n_beyond
 
 
 def _folder_beside(path: Path) -> tempfile.TemporaryDirectory:

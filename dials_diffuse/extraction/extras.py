@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 import numpy as np
 
@@ -13,9 +14,9 @@ from dxtbx.model.experiment_list import ExperimentList
 import dials_diffuse_ext as ext
 from dials_diffuse.background.model import (
     BackgroundAxes,
+    GridPlaces,
     ImageBackground,
-    grid_at,
-    profile_at,
+    ProfilePlaces,
 )
 from dials_diffuse.bragg.lattices import shared_images
 from dials_diffuse.bragg.points import PointGrid
@@ -279,20 +280,42 @@ class BlockExtras:
             return
         if any(terms.base_index is not None for terms in self.terms.values()):
             rows["background_variance"] *= self.images_in_voxel(rows)
-        axes = self.source.background_axes
-        x, y = (rows[axis] / rows["n_pixels"] for axis in "xy")
         deviation = np.zeros(len(rows))
+        variances = self._variances(rows, s)
         for terms in self.terms.values():
-            variance = np.zeros(len(rows))
-            if terms.profile is not None:
-                variance += profile_at(s, terms.profile, terms.profile_variance, axes)[
-                    1
-                ]
-            for panel, grid in enumerate(terms.grids or ()):
-                at = rows["panel"] == panel
-                variance[at] += grid_at(
-                    x[at], y[at], grid, terms.grid_variances[panel], axes.spacing_px
-                )[1]
-            deviation += np.sqrt(variance)
+            deviation += np.sqrt(variances(terms))
         deviation /= len(self.terms)
         rows["background_variance"] += (deviation * rows["normalisation"]) ** 2
+
+    def _variances(
+        self, rows: np.ndarray, s: np.ndarray
+    ) -> Callable[[ImageBackground], np.ndarray]:
+        """Function for the variance of an image's profile and grids in each row.
+
+        Where the rows lie among their points is the same for all images.
+        """
+        axes = self.source.background_axes
+
+        @functools.lru_cache(maxsize=None)
+        def on_profile(n: int) -> ProfilePlaces:
+            return ProfilePlaces.of(s, n, axes)
+
+        @functools.lru_cache(maxsize=None)
+        def on_grid(
+            panel: int, shape: tuple[int, int]
+        ) -> tuple[np.ndarray, GridPlaces]:
+            at = np.flatnonzero(rows["panel"] == panel)
+            x, y = (rows[axis][at] / rows["n_pixels"][at] for axis in "xy")
+            return at, GridPlaces.of(x, y, shape, axes.spacing_px)
+
+        def variance_of(terms: ImageBackground) -> np.ndarray:
+            variance = np.zeros(len(rows))
+            if terms.profile is not None:
+                places = on_profile(len(terms.profile))
+                variance += places.variance(terms.profile_variance)
+            for panel, nodes in enumerate(terms.grid_variances if terms.grids else ()):
+                at, grid = on_grid(panel, nodes.shape)
+                variance[at] += grid.variance(nodes)
+            return variance
+
+        return variance_of

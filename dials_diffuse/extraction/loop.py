@@ -17,6 +17,7 @@ from dials_diffuse.extraction.blocks import Block, image_number
 from dials_diffuse.extraction.settings import ExtractionSettings
 from dials_diffuse.extraction.tables import PanelTable
 from dials_diffuse.geometry.orientation import FrameModel, frame_model, inverse
+from dials_diffuse.geometry.shadow import image_shadow, knows_shadow
 from dials_diffuse.grid import Grid
 
 if TYPE_CHECKING:
@@ -124,21 +125,22 @@ def read_image(experiment: Experiment, array_index: int) -> tuple:
         )
     # NeXus files may hold float32
     data = tuple(p.as_double() if isinstance(p, flex.float) else p for p in data)
-    if experiment.imageset.has_dynamic_mask():
-        data = without_shadow(data, experiment.imageset.get_mask(number))
+    if knows_shadow(experiment):
+        data = without_shadow(data, image_shadow(experiment, array_index))
     return data
 
 
-def without_shadow(data: tuple, masks: tuple) -> tuple:
-    """Copies of the panels with a value that is never trusted where they are masked.
+def without_shadow(data: tuple, shadows: Sequence[np.ndarray]) -> tuple:
+    """Copies of the panels with a value that is never trusted where they are shadowed.
 
-    For formats that know the shadow of their goniometer, which moves with the scan.
+    For formats that know the shadow of their goniometer, which moves with the scan. The
+    panels' trusted ranges are not applied: those of the settings may be others.
     """
     result = []
-    for panel, mask in zip(data, masks):
+    for panel, shadow in zip(data, shadows):
         panel = panel.deep_copy()
         never = -(2**31) if isinstance(panel, flex.int) else float("nan")
-        panel.as_1d().set_selected(~mask.as_1d(), never)
+        panel.as_1d().set_selected(flumpy.from_numpy(shadow.ravel()), never)
         result.append(panel)
     return tuple(result)
 
@@ -201,9 +203,9 @@ def accumulate_block(
             if indices is all_batches[-1]:
                 sums = accumulator.finish()
                 parts.append(sum_rows(sums, block.experiment, number, table, exposure))
-    rows = np.concatenate(parts)
+    rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
     points = PointGrid(grid)
-    if extras is not None:
+    if extras is not None and extras.terms:
         extras.add_smooth_variance(rows, points.s(rows["key"]))
     region = settings.region(experiment, grid)
     add_surroundings(rows, points, region.metric if region else None)

@@ -10,26 +10,25 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 import numpy as np
 
 from dxtbx.model import Experiment
 from dxtbx.model.experiment_list import ExperimentList
 
-from dials_diffuse.bragg.sums import PeakIntensities
 from dials_diffuse.extraction.blocks import Block
 from dials_diffuse.extraction.reference import crystal_spread
 from dials_diffuse.extraction.settings import BraggSettings, ExtractionSettings
 from dials_diffuse.extraction.tables import (
+    PixelCounts,
+    TableKey,
     good_pixels,
-    panel_interpolation,
+    n_outside,
     table_keys,
 )
-from dials_diffuse.extraction.totals import ObservationTotals
-from dials_diffuse.geometry.interpolation import row_chunks
+from dials_diffuse.extraction.totals import ObservationTotals, PeakTotals
 from dials_diffuse.grid import Grid
-from dials_diffuse.merging.statistics import shell_number
 
 logger = logging.getLogger("dials.diffuse.extract")
 
@@ -142,6 +141,7 @@ def count_static_pixels(
     blocks: Sequence[Block],
     grid: Grid,
     settings: ExtractionSettings,
+    known: Mapping[TableKey, PixelCounts] | None = None,
 ) -> StaticPixels:
     """Pixels of all images that are masked or beyond the resolution limits.
 
@@ -153,10 +153,11 @@ def count_static_pixels(
         blocks: The images that are used.
         grid: The voxel grid, for its resolution limits.
         settings: The settings of extraction.
+        known: The pixels of an image, of some triples, that need not be counted again.
     """
     keys = table_keys(experiments, settings.masks)
-    n_images: dict[Any, int] = {}
-    first: dict[Any, int] = {}
+    n_images: dict[TableKey, int] = {}
+    first: dict[TableKey, int] = {}
     total = 0
     for block in blocks:
         key = keys[block.experiment]
@@ -168,13 +169,12 @@ def count_static_pixels(
     names = list(first)
     places = np.rint(np.linspace(0, len(names) - 1, MOST_KEYS)).astype(int)
     chosen = [names[i] for i in np.unique(places)]
-    counted = np.array(
-        [
-            n_images[key]
-            * np.array(_static_pixels_of(experiments[first[key]], grid, settings))
-            for key in chosen
-        ]
-    ).sum(axis=0)
+    counted = np.zeros(3)
+    for key in chosen:
+        pixels = (known or {}).get(key)
+        if pixels is None:
+            pixels = _static_pixels_of(experiments[first[key]], grid, settings)
+        counted += n_images[key] * np.array(pixels)
     factor = total / counted[0]  # 1 if all were counted
     return StaticPixels(
         total=total,
@@ -186,43 +186,32 @@ def count_static_pixels(
 
 def _static_pixels_of(
     experiment: Experiment, grid: Grid, settings: ExtractionSettings
-) -> tuple[int, int, int]:
-    """Pixels of an image, masked ones, and good ones beyond the resolution limits."""
+) -> PixelCounts:
+    """The pixels of an image."""
     total = masked = outside = 0
-    s0 = np.array(experiment.beam.get_s0())
-    limits = (1 / grid.d_max if grid.d_max else 0.0), 1 / grid.d_min
+    mask = settings.mask_of(experiment)
     for number, panel in enumerate(experiment.detector):
-        mask = settings.mask_of(experiment)
         good = good_pixels(panel, number, experiment.imageset, mask)
-        e = panel_interpolation(panel, experiment.beam, settings.corrections)
         total += good.size
-        masked += good.size - int(good.sum())
-        for rows in row_chunks(good.shape):
-            # s = |e - e0| / λ, s² = 2 (1 - e·e0) / λ² of unit vectors
-            cosine = np.einsum("i...,i->...", e.rows(rows)[:3], s0 / np.linalg.norm(s0))
-            s = np.linalg.norm(s0) * np.sqrt(np.maximum(2 - 2 * cosine, 0))
-            beyond = (s < limits[0]) | (s > limits[1])
-            outside += int(np.count_nonzero(beyond & good[rows]))
-    return total, masked, outside
+        masked += good.size - int(np.count_nonzero(good))
+        outside += n_outside(panel, experiment.beam, good, grid)
+    return PixelCounts(total, masked, outside)
 
 
-def pixels_record(
-    static: StaticPixels, peaks: PeakIntensities, n_used: int
-) -> dict[str, Any]:
+def pixels_record(static: StaticPixels, n_bragg: int, n_used: int) -> dict[str, Any]:
     """What became of the pixels of all images.
 
     Args:
         static: Those that no image can use.
-        peaks: The Bragg peaks that were added up.
+        n_bragg: Pixels in Bragg peaks that were added up.
         n_used: Pixels in voxels.
     """
-    bragg = int(np.sum(peaks.n_pixels))
-    known = static.masked + static.outside + bragg + n_used
+    known = static.masked + static.outside + n_bragg + n_used
     return {
         "total": static.total,
         "masked": static.masked,
         "outside_resolution": static.outside,
-        "bragg": bragg,
+        "bragg": n_bragg,
         # single precision moves some pixels across the resolution limits
         "dropped": max(static.total - known, 0),
         "used": n_used,
@@ -243,43 +232,30 @@ def blocks_record(
     }
 
 
-def shells_record(
-    totals: ObservationTotals,
-    peaks: PeakIntensities,
-    experiments: ExperimentList,
-    grid: Grid,
-) -> list[dict[str, Any]]:
+def shells_record(totals: ObservationTotals, peaks: PeakTotals) -> list[dict[str, Any]]:
     """The sums in each shell of resolution, and its Bragg peaks, for a JSON file.
 
     Peaks of sweeps that are not complete are left out.
     """
     columns = _numbers(totals.shells)
-    is_still = np.array([experiment.is_still() for experiment in experiments])
-    cells = dataclasses.replace(grid, ndiv=(1, 1, 1))
-    shell = shell_number(cells.s(peaks.hkl), totals.edges)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = peaks.intensity / np.sqrt(peaks.variance)
-    usable = peaks.complete | is_still[peaks.id]
     records = []
     for i, (low, high) in enumerate(zip(totals.edges, totals.edges[1:])):
-        mine = (shell == i) & np.isfinite(ratio) & usable
-        record = {name: column[i] for name, column in columns.items()}
-        weight = peaks.weight[mine]
+        sums = {name: float(values[i]) for name, values in peaks.shells.items()}
         records.append(
             {
                 "d_max": 1 / low if low > 0 else None,
                 "d_min": 1 / high,
-                **record,
-                "n_peaks": int(mine.sum()),
-                "mean_peak": _mean(peaks.intensity[mine], weight),
-                "mean_peak_i_over_sigma": _mean(ratio[mine], np.ones(len(weight))),
+                **{name: column[i] for name, column in columns.items()},
+                "n_peaks": int(sums["n_peaks"]),
+                "mean_peak": _ratio(sums["intensity"], sums["weight"]),
+                "mean_peak_i_over_sigma": _ratio(sums["i_over_sigma"], sums["n_peaks"]),
             }
         )
     return records
 
 
-def _mean(values: np.ndarray, weights: np.ndarray) -> float | None:
-    return float(np.average(values, weights=weights)) if weights.sum() > 0 else None
+def _ratio(numerator: float, denominator: float) -> float | None:
+    return numerator / denominator if denominator > 0 else None
 
 
 def _numbers(sums: dict[str, np.ndarray]) -> dict[str, list[Any]]:
@@ -299,12 +275,12 @@ def _numbers(sums: dict[str, np.ndarray]) -> dict[str, list[Any]]:
 
 
 def bragg_record(
-    peaks: PeakIntensities, experiments: ExperimentList, settings: ExtractionSettings
+    peaks: PeakTotals, experiments: ExperimentList, settings: ExtractionSettings
 ) -> dict[str, Any]:
     """Which pixels about the Bragg positions were left out, and their sums.
 
     Args:
-        peaks: The sums.
+        peaks: Their sums.
         experiments: The experiments.
         settings: The settings of extraction, with what was fitted.
     """
@@ -324,7 +300,7 @@ def bragg_record(
         "fraction": bragg.fraction if bragg.exclusion == "auto" else None,
         "margin": bragg.margin if bragg.exclusion == "shoebox" else None,
         "ellipsoids": list(fitted.values()),
-        "n_peaks": len(peaks.hkl),
-        "n_complete": int(np.sum(peaks.complete)),
-        "n_unique": len(np.unique(peaks.hkl, axis=0)),
+        "n_peaks": peaks.n_peaks,
+        "n_complete": peaks.n_complete,
+        "n_unique": peaks.n_unique,
     }

@@ -13,7 +13,7 @@ import bisect
 import concurrent.futures
 import math
 from pathlib import Path
-from typing import Iterable, Iterator, Sequence
+from typing import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from dials_diffuse.io.observations import ObservationWriter
 
 RUN_ROWS = 2_000_000  # 144 MB
 SLAB_ROWS = 500_000
+PEAK_ROWS = 1_000_000  # of Bragg peaks at a time: 72 MB
+# What rows are copied as: numpy copies those of several fields field by field.
+BYTES = np.dtype(f"V{SUMS.itemsize}")
 SAMPLE = 997  # every so many rows, a key that says how the rows are distributed
 
 
@@ -44,8 +47,7 @@ def write_runs(blocks: Iterable[np.ndarray], folder: Path, name: str) -> list[Pa
     held: list[np.ndarray] = []
 
     def write() -> None:
-        rows = np.concatenate(held)
-        rows = rows[np.argsort(rows["key"], kind="stable")]
+        rows = sorted_by_key(held)
         path = folder / f"{name}_{len(paths):06d}.bin"
         # numpy's own writers do not say that the disk is full
         path.write_bytes(rows.view(np.uint8).data)
@@ -59,6 +61,13 @@ def write_runs(blocks: Iterable[np.ndarray], folder: Path, name: str) -> list[Pa
     if any(map(len, held)):
         write()
     return paths
+
+
+def sorted_by_key(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The rows of some arrays of dtype ``SUMS``, those of a key in their order."""
+    rows = np.concatenate([part.view(BYTES) for part in parts])
+    key = np.concatenate([part["key"] for part in parts])
+    return rows[np.argsort(key, kind="stable")].view(SUMS)
 
 
 def slab_limits(paths: Sequence[Path], max_rows: int) -> list[int]:
@@ -86,7 +95,7 @@ def rows_between(path: Path, lower: int, upper: int) -> np.ndarray:
     run = np.memmap(path, dtype=SUMS, mode="r")
     # np.searchsorted would copy all keys
     start, stop = (bisect.bisect_left(run["key"], key) for key in (lower, upper))
-    return np.array(run[start:stop])
+    return np.array(run[start:stop].view(BYTES)).view(SUMS)
 
 
 def sorted_slabs(
@@ -95,9 +104,9 @@ def sorted_slabs(
     """The rows of all runs, sorted by voxel, in slabs of whole voxels."""
     limits = slab_limits(paths, max_rows)
     for lower, upper in zip(limits, limits[1:]):
-        slab = np.concatenate([rows_between(path, lower, upper) for path in paths])
+        slab = sorted_by_key([rows_between(path, lower, upper) for path in paths])
         if len(slab):
-            yield slab[np.argsort(slab["key"], kind="stable")]
+            yield slab
 
 
 def voxels_of(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -185,7 +194,8 @@ def merge_runs(
     writer: ObservationWriter,
     left_out: np.ndarray | None = None,
     totals: ObservationTotals | None = None,
-) -> tuple[int, np.ndarray]:
+    take_peaks: Callable[[np.ndarray], None] | None = None,
+) -> int:
     """Append the observations of all runs, sorted by voxel, to a table.
 
     Args:
@@ -194,14 +204,16 @@ def merge_runs(
         writer: Writes the table.
         left_out: Keys of voxels to leave out, ascending.
         totals: Gets what is written added.
+        take_peaks: Called with the rows of Bragg peaks, which go with no voxel: all of
+            some lattice points at a time, sorted by point, about ``PEAK_ROWS`` of them.
 
     Returns:
         The number of observations left out because they lie beyond d_min in the
-        reference cell, and the rows of Bragg peaks, which go with no voxel.
+        reference cell.
     """
-    peaks = [np.zeros(0, dtype=SUMS)]
     if not paths:
-        return 0, peaks[0]
+        return 0
+    peaks: list[np.ndarray] = []
     n_voxels = PointGrid(grid).n_voxels
     slabs = sorted_slabs(paths)
     n_beyond = 0
@@ -212,7 +224,10 @@ def merge_runs(
             following = pool.submit(next, slabs, None)
             # sorted: the peaks come last
             n_rows = np.searchsorted(slab["key"], n_voxels)
-            peaks.append(slab[n_rows:].copy())
+            if take_peaks is not None and n_rows < len(slab):
+                peaks.append(slab[n_rows:].copy())
+                if sum(map(len, peaks)) >= PEAK_ROWS:
+                    take_peaks(_taken(peaks))
             slab = slab[:n_rows]
             if left_out is not None:
                 slab = slab[~np.isin(slab["key"], left_out)]
@@ -223,4 +238,13 @@ def merge_runs(
             writer.append(columns)
             if totals is not None:
                 totals.add(columns)
-    return n_beyond, np.concatenate(peaks)
+    if peaks:
+        take_peaks(_taken(peaks))
+    return n_beyond
+
+
+def _taken(parts: list[np.ndarray]) -> np.ndarray:
+    """Some arrays as one; the list is left empty, so that they are not held twice."""
+    rows = np.concatenate(parts)
+    parts.clear()
+    return rows

@@ -80,6 +80,33 @@ class ExclusionRegion:
     growth_radial: float = 0.0
     radial: float = 0.0
 
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[float]) -> ExclusionRegion:
+        """The region of the nine ``numbers``."""
+        *metric, growth, growth_radial, radial = map(float, numbers)
+        return cls(tuple(metric), growth, growth_radial, radial)
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """The metric, growth, growth_radial and radial: nine numbers."""
+        return (*self.metric, self.growth, self.growth_radial, self.radial)
+
+    def is_inside(self, hkl: np.ndarray, s2: np.ndarray) -> np.ndarray:
+        """Whether points are in the region about the lattice point nearest to them.
+
+        Args:
+            hkl: Fractional Miller indices, shape (..., 3).
+            s2: s² of the points, Å⁻², shape (...).
+        """
+        g = symmetric(self.metric)
+        dh = hkl - np.rint(hkl)
+        dg = dh @ g
+        distance = np.sum(dg * dh, axis=-1)
+        if self.radial:
+            along = np.sum(dg * hkl, axis=-1)
+            distance += self.radial * along**2 / (1 + self.growth_radial * s2)
+        return distance < 1 + self.growth * s2
+
     def volume(self, cell: uctbx.unit_cell, hkl: np.ndarray) -> np.ndarray:
         """Volume about each lattice point, in reciprocal cells.
 

@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from typing import Mapping, Sequence
+from typing import Mapping, NamedTuple, Sequence
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from dials_diffuse import corrections
 from dials_diffuse.extraction.settings import CorrectionSettings, ExtractionSettings
 from dials_diffuse.geometry import directions
 from dials_diffuse.geometry.interpolation import PixelInterpolation, row_chunks
+from dials_diffuse.grid import Grid
 from dials_diffuse.util.compat import inclusive_trusted_range
 
 # The sum of 2^23 pixels in one voxel and block is still exact in double precision.
@@ -233,11 +234,13 @@ class PanelArrays:
         weight: P · ΔΩ · ε · A_air in units of ``weight_unit``, int32, shape
             (n_slow, n_fast); zero for masked pixels.
         weight_unit: Normalisation of a weight of 1, without the exposure time.
+        n_outside: Good pixels beyond the resolution limits, if they were given.
     """
 
     e: np.ndarray
     weight: np.ndarray
     weight_unit: float
+    n_outside: int = 0
 
 
 def pixel_vectors(
@@ -294,17 +297,77 @@ def panel_interpolation(
 
     nfast, nslow = panel.get_image_size()
     corners = function(np.array([0, nfast - 1]), np.array([0, nslow - 1]))
+    tolerance = np.array(
+        [direction_tolerance(panel)] * 3 + [TOLERANCE_NORMALISATION * corners[3].max()]
+    )
+    smooth = directions.has_smooth_parallax(panel)
+    return PixelInterpolation(function, (nslow, nfast), tolerance, smooth)
+
+
+def direction_tolerance(panel: Panel) -> float:
+    """``TOLERANCE_PX`` as a change of the unit vector to the farthest pixel."""
+    nfast, nslow = panel.get_image_size()
     farthest = max(
         np.linalg.norm(panel.get_pixel_lab_coord((x, y)))
         for x in (0, nfast)
         for y in (0, nslow)
     )
-    tolerance_e = TOLERANCE_PX * min(panel.get_pixel_size()) / farthest
-    tolerance = np.array(
-        [tolerance_e] * 3 + [TOLERANCE_NORMALISATION * corners[3].max()]
+    return TOLERANCE_PX * min(panel.get_pixel_size()) / farthest
+
+
+class ResolutionLimits(NamedTuple):
+    """Limits of the cosine of the scattering angle, c = e·e0.
+
+        s = |e - e0| / λ,    s² = 2 (1 - c) / λ²
+
+    of unit vectors e, with the limits of s = 1/d.
+
+    Attributes:
+        e0: Unit vector of the beam.
+        low, high: Cosines at d_min and, if there is one, at d_max.
+    """
+
+    e0: np.ndarray
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, grid: Grid, beam: Beam) -> ResolutionLimits:
+        """The limits of a grid in a beam."""
+        wavelength = beam.get_wavelength()
+        s = np.array([1 / grid.d_min, 1 / grid.d_max if grid.d_max else 0.0])
+        low, high = 1 - (wavelength * s) ** 2 / 2
+        return cls(np.array(beam.get_unit_s0()), low, high)
+
+    def n_outside(self, cosine: np.ndarray, good: np.ndarray) -> int:
+        """Number of the good pixels whose cosines are beyond the limits."""
+        beyond = cosine < self.low
+        if self.high < 1:
+            beyond |= cosine > self.high
+        return int(np.count_nonzero(beyond & good))
+
+
+def n_outside(panel: Panel, beam: Beam, good: np.ndarray, grid: Grid) -> int:
+    """Number of a panel's good pixels beyond the resolution limits of a grid.
+
+    What ``panel_arrays`` counts, without the arrays.
+    """
+    limits = ResolutionLimits.of(grid, beam)
+
+    def function(fast: np.ndarray, slow: np.ndarray) -> np.ndarray:
+        _, e = pixel_vectors(panel, fast, slow)
+        return np.tensordot(limits.e0, e, 1)[None]
+
+    cosine = PixelInterpolation(
+        function,
+        good.shape,
+        np.array([direction_tolerance(panel)]),
+        directions.has_smooth_parallax(panel),
     )
-    smooth = directions.has_smooth_parallax(panel)
-    return PixelInterpolation(function, (nslow, nfast), tolerance, smooth)
+    return sum(
+        limits.n_outside(cosine.rows(rows)[0], good[rows])
+        for rows in row_chunks(good.shape)
+    )
 
 
 def panel_arrays(
@@ -313,6 +376,7 @@ def panel_arrays(
     good: np.ndarray,
     settings: CorrectionSettings,
     n_threads: int = 1,
+    grid: Grid | None = None,
 ) -> PanelArrays:
     """Directions and normalisation of all pixels of a panel.
 
@@ -321,6 +385,7 @@ def panel_arrays(
         good: Mask, True for good pixels, shape (n_slow, n_fast).
         settings: The factors of the normalisation.
         n_threads: Threads to use; numpy and scipy let them run side by side.
+        grid: The voxel grid, to count the pixels beyond its resolution limits.
     """
     exact = panel_interpolation(panel, beam, settings)
     unit = float(exact.values[3].max()) / MAX_WEIGHT
@@ -328,15 +393,30 @@ def panel_arrays(
     e = np.empty((3, *good.shape), dtype=np.float32)
     weight = np.empty(good.shape, dtype=np.int32)
 
-    def fill(rows: slice) -> None:
+    limits = None if grid is None else ResolutionLimits.of(grid, beam)
+
+    def fill(rows: slice) -> int:
         values = exact.rows(rows)
         e[:, rows] = values[:3]
-        weight[rows] = np.rint(values[3]) * good[rows]
+        np.rint(values[3], out=weight[rows], casting="unsafe")
+        weight[rows] *= good[rows]
+        if limits is None:
+            return 0
+        cosine = np.einsum("i,i...->...", limits.e0, values[:3])
+        return limits.n_outside(cosine, good[rows])
 
     with concurrent.futures.ThreadPoolExecutor(n_threads) as pool:
-        # list() raises what a thread raised
-        list(pool.map(fill, row_chunks(good.shape)))
-    return PanelArrays(e, weight, unit)
+        # sum() raises what a thread raised
+        n_beyond = sum(pool.map(fill, row_chunks(good.shape)))
+    return PanelArrays(e, weight, unit, n_beyond)
+
+
+class PixelCounts(NamedTuple):
+    """Pixels of an image, of them masked, and good ones beyond the resolution limits."""
+
+    total: int
+    masked: int
+    outside: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,6 +429,7 @@ class PanelTable:
         weight_unit: Normalisation of a weight of 1, without the exposure time.
         gain: Detector units per photon.
         pedestal: Value of a pixel without photons.
+        pixels: Of the panel, if they were counted.
     """
 
     panel: ext.Panel
@@ -356,6 +437,7 @@ class PanelTable:
     weight_unit: float
     gain: float
     pedestal: float
+    pixels: PixelCounts = PixelCounts(0, 0, 0)
 
     def photons(self, value: np.ndarray, n_pixels: np.ndarray) -> np.ndarray:
         """Photons in sums of raw values over some pixels each."""
@@ -363,17 +445,28 @@ class PanelTable:
 
 
 def detector_tables(
-    experiment: Experiment, settings: ExtractionSettings, n_threads: int = 1
+    experiment: Experiment,
+    settings: ExtractionSettings,
+    n_threads: int = 1,
+    grid: Grid | None = None,
 ) -> list[PanelTable]:
-    """What the pixel loop needs of each panel of an experiment's detector."""
+    """What the pixel loop needs of each panel of an experiment's detector.
+
+    Args:
+        experiment: The experiment.
+        settings: The settings of extraction.
+        n_threads: Threads to use.
+        grid: The voxel grid, to count the pixels beyond its resolution limits.
+    """
     tables = []
     for number, panel in enumerate(experiment.detector):
         good = good_pixels(
             panel, number, experiment.imageset, settings.mask_of(experiment)
         )
         arrays = panel_arrays(
-            panel, experiment.beam, good, settings.corrections, n_threads
+            panel, experiment.beam, good, settings.corrections, n_threads, grid
         )
+        n_masked = good.size - int(np.count_nonzero(good))
         nfast, nslow = panel.get_image_size()
         low, high = settings.trusted_range or inclusive_trusted_range(panel)
         # Named, so that they outlive an exception: dxtbx 3.11 aborts the process if such
@@ -391,7 +484,12 @@ def detector_tables(
         gain = settings.gain or panel.get_gain()
         tables.append(
             PanelTable(
-                loop_panel, arrays, arrays.weight_unit, gain, panel.get_pedestal()
+                loop_panel,
+                arrays,
+                arrays.weight_unit,
+                gain,
+                panel.get_pedestal(),
+                PixelCounts(good.size, n_masked, arrays.n_outside),
             )
         )
     return tables

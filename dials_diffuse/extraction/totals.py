@@ -1,11 +1,15 @@
-"""Sums over all observations, by block of images and by resolution, as they are written."""
+"""Sums over all observations and Bragg peaks, by image and resolution, as they come."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Mapping, Sequence
 
 import numpy as np
 
+from dxtbx.model.experiment_list import ExperimentList
+
+from dials_diffuse.bragg.sums import PeakIntensities
 from dials_diffuse.extraction.blocks import Block
 from dials_diffuse.grid import Grid
 from dials_diffuse.merging.statistics import shell_number
@@ -19,6 +23,12 @@ SUMMED = {
     "background": "background.sum.value",
     "normalisation": "normalisation",
 }
+
+
+def shell_limits(grid: Grid) -> np.ndarray:
+    """Limits of shells of equal width in 1/d, 1/Å, shape (``N_SHELLS`` + 1,)."""
+    low = 1 / grid.d_max if grid.d_max else 0.0
+    return np.linspace(low, 1 / grid.d_min, N_SHELLS + 1)
 
 
 class ObservationTotals:
@@ -35,8 +45,7 @@ class ObservationTotals:
     """
 
     def __init__(self, grid: Grid, blocks: Sequence[Block]) -> None:
-        low = 1 / grid.d_max if grid.d_max else 0.0
-        self.edges = np.linspace(low, 1 / grid.d_min, N_SHELLS + 1)
+        self.edges = shell_limits(grid)
         names = ("n_observations", *SUMMED)
         self.blocks = {name: np.zeros(len(blocks)) for name in names}
         self.shells = {name: np.zeros(N_SHELLS) for name in names}
@@ -59,6 +68,49 @@ class ObservationTotals:
             sums["n_observations"] += np.bincount(number, minlength=size)
             for name, column in SUMMED.items():
                 sums[name] += np.bincount(number, rows[column], minlength=size)
+
+
+class PeakTotals:
+    """Numbers of Bragg peaks, and sums over them in shells of resolution.
+
+    Args:
+        grid: The voxel grid, for its resolution limits.
+        experiments: The experiments that the ids of the peaks count.
+
+    Attributes:
+        n_peaks: Number of peaks; ``n_complete`` of complete ones, ``n_unique`` of
+            lattice points, ``n_pixels`` of their pixels.
+        shells: In each shell, of the peaks of stills and the complete ones of sweeps:
+            ``n_peaks`` and the sums of ``weight``, weight x ``intensity``, and
+            ``i_over_sigma``.
+    """
+
+    def __init__(self, grid: Grid, experiments: ExperimentList) -> None:
+        self.n_peaks = self.n_complete = self.n_unique = self.n_pixels = 0
+        names = ("n_peaks", "weight", "intensity", "i_over_sigma")
+        self.shells = {name: np.zeros(N_SHELLS) for name in names}
+        self._edges = shell_limits(grid)
+        self._cells = dataclasses.replace(grid, ndiv=(1, 1, 1))
+        self._is_still = np.array([e.is_still() for e in experiments])
+
+    def add(self, peaks: PeakIntensities) -> None:
+        """Add some peaks: all of some lattice points that come once."""
+        self.n_peaks += len(peaks.hkl)
+        self.n_complete += int(np.sum(peaks.complete))
+        self.n_unique += len(np.unique(peaks.hkl, axis=0))
+        self.n_pixels += int(np.sum(peaks.n_pixels))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            ratio = peaks.intensity / np.sqrt(peaks.variance)
+        usable = np.isfinite(ratio) & (peaks.complete | self._is_still[peaks.id])
+        shell = shell_number(self._cells.s(peaks.hkl[usable]), self._edges)
+        weight = peaks.weight[usable]
+        for name, values in (
+            ("n_peaks", np.ones(len(shell))),
+            ("weight", weight),
+            ("intensity", weight * peaks.intensity[usable]),
+            ("i_over_sigma", ratio[usable]),
+        ):
+            self.shells[name] += np.bincount(shell, values, minlength=N_SHELLS)
 
 
 def block_of_rows(

@@ -95,18 +95,21 @@ class PixelInterpolation:
             self._by_fast = lagrange_matrix(shape[1], fast)
             if self.step == 1 or self._is_good(function, tolerance):
                 break
-        self.set_scale(np.ones(len(self.values)))
+        self._samples: np.ndarray | None = None
 
     def set_scale(self, scale: np.ndarray) -> None:
         """Multiply the values by constants, shape (n_values,)."""
-        scaled = self.values * scale[:, None, None]
+        n_values, n_slow = self.values.shape[:2]
         # one matrix for all values: rows are (value, fast), values one after the other
-        self._samples = np.concatenate(
-            [np.ascontiguousarray((self._by_fast @ v.T).T) for v in scaled], axis=1
-        )
+        samples = np.empty((n_slow, n_values, self._shape[1]))
+        for i in range(n_values):
+            samples[:, i] = (self._by_fast @ (self.values[i] * scale[i]).T).T
+        self._samples = samples.reshape(n_slow, -1)
 
     def rows(self, rows: slice) -> np.ndarray:
         """The values of some rows, shape (n_values, n_rows, n_fast)."""
+        if self._samples is None:  # if threads find it so, all make the same
+            self.set_scale(np.ones(len(self.values)))
         result = self._by_slow[rows] @ self._samples
         n_values = len(self.values)
         return np.moveaxis(result.reshape(-1, n_values, self._shape[1]), 1, 0)

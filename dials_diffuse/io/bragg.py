@@ -14,7 +14,7 @@ import shutil
 import struct
 import tempfile
 from pathlib import Path
-from typing import IO, Callable, NamedTuple
+from typing import IO, Callable, Iterator, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from dxtbx.model.experiment_list import ExperimentList
 
 from dials.array_family import flex
 from dials_diffuse.bragg.sums import PeakIntensities
+from dials_diffuse.util.files import atomic_path
 
 
 class Column(NamedTuple):
@@ -154,9 +155,28 @@ def _bytes_head(n: int) -> bytes:
     return b"\xc6" + struct.pack(">I", n)
 
 
-def write_bragg(
-    path: str | os.PathLike, peaks: PeakIntensities, experiments: ExperimentList
-) -> None:
-    """Write Bragg intensities that are at hand; pass the path of ``atomic_path``."""
-    with BraggWriter(path, experiments) as writer:
-        writer.append(peaks)
+@contextlib.contextmanager
+def bragg_table(
+    path: str | os.PathLike, experiments: ExperimentList
+) -> Iterator[Callable[[PeakIntensities], None]]:
+    """A table of the Bragg intensities that come within the block, part by part.
+
+    The file is made when the first peaks come, without any there is none. It gets its
+    name when the block ends; one that fails leaves no file.
+
+    Yields:
+        The function to call with each part.
+    """
+    with contextlib.ExitStack() as stack:
+        writer: BraggWriter | None = None
+
+        def append(peaks: PeakIntensities) -> None:
+            nonlocal writer
+            if len(peaks.id) == 0:
+                return
+            if writer is None:
+                temporary = stack.enter_context(atomic_path(path))
+                writer = stack.enter_context(BraggWriter(temporary, experiments))
+            writer.append(peaks)
+
+        yield append

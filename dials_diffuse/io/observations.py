@@ -123,6 +123,19 @@ class ObservationWriter:
         write_provenance(self._file, program, phil, inputs or [])
         write_grid(self._file[ROOT], grid)
 
+    def write_bragg_regions(self, regions: np.ndarray) -> None:
+        """Write which regions about the lattice points have been left out.
+
+        Args:
+            regions: ``numbers`` of each ``ExclusionRegion``, shape (n, 9).
+        """
+        dataset = self._file[ROOT].create_dataset("bragg_regions", data=regions)
+        dataset.attrs["long_name"] = (
+            "g11, g22, g33, g12, g13, g23, growth, growth_radial, radial of the regions "
+            "g(dh, dh) + radial g(dh, h)^2 / (1 + growth_radial s^2) < 1 + growth s^2"
+        )
+        dataset.attrs["units"] = "none; growth, growth_radial, radial: angstrom^2"
+
     def append(self, columns: Mapping[str, np.ndarray]) -> None:
         """Append rows: all columns, sorted, beyond the voxels written so far.
 
@@ -169,6 +182,9 @@ class ObservationWriter:
 class ObservationFile(HDF5Input):
     """Reads observations in slabs of whole voxels.
 
+    Attributes:
+        bragg_regions: What ``write_bragg_regions`` wrote, shape (n, 9); n = 0 for nothing.
+
     Raises:
         ValueError: The file is not an observation file of a known schema.
     """
@@ -191,6 +207,9 @@ class ObservationFile(HDF5Input):
         self.columns: tuple[str, ...] = tuple(self._group)
         self.error_model = tuple(map(float, root.attrs.get("error_model", (1.0, 0.0))))
         self.n_rows: int = len(self._group["id"])
+        self.bragg_regions = np.zeros((0, 9))
+        if "bragg_regions" in root:
+            self.bragg_regions = root["bragg_regions"][()]
 
     def slabs(self, max_rows: int = 2_000_000) -> Iterator[tuple[int, int]]:
         """Row ranges of whole voxels with about ``max_rows`` rows at the most.

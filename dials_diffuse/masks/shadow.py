@@ -18,10 +18,9 @@ from typing import Sequence
 import numpy as np
 from scipy import ndimage
 
-from dxtbx import flumpy
-from dxtbx.imageset import ImageSequence
 from dxtbx.model import Experiment
 
+from dials_diffuse.geometry.shadow import image_shadow, knows_shadow
 from dials_diffuse.masks.neighbours import Shapes, box_sum
 from dials_diffuse.masks.rings import OUTLIER, Rings, ring_quantiles
 from dials_diffuse.masks.series import flatten
@@ -60,19 +59,16 @@ def goniometer_shadow(
 ) -> GoniometerShadow:
     """The shadow of the goniometer in a series of images.
 
-    DIALS takes the shadow at the angle at which an image begins for the whole image; so
-    does extraction, which leaves it out image by image.
+    Of an image, what is in the shadow at any time: that is what extraction leaves out,
+    image by image (``geometry.shadow``).
     """
     always, ever = (np.full(n_pixels, x) for x in (True, False))
     known = bool(images)
     for experiment, array_index in images:
-        imageset = experiment.imageset
-        if not (isinstance(imageset, ImageSequence) and imageset.has_dynamic_mask()):
+        if not knows_shadow(experiment):
             known = False
             continue
-        angle = imageset.get_scan().get_angle_from_array_index(array_index)
-        good = imageset.masker().get_mask(experiment.detector, angle)
-        shadow = ~flatten([flumpy.to_numpy(mask) for mask in good])
+        shadow = flatten(image_shadow(experiment, array_index))
         always &= shadow
         ever |= shadow
     always &= known

@@ -141,10 +141,10 @@ def _observations(prepared: Prepared, found: Extracted) -> dict[str, Any]:
     settings, blocks, totals = prepared.settings, found.blocks, found.totals
     sums = {name: float(values.sum()) for name, values in totals.blocks.items()}
     n_pixels = int(sums["n_pixels"])
-    static = count_static_pixels(experiments, blocks, grid, settings)
+    static = count_static_pixels(experiments, blocks, grid, settings, found.pixels)
     return {
         "pixels": {
-            **pixels_record(static, found.peaks, n_pixels),
+            **pixels_record(static, found.peaks.n_pixels, n_pixels),
             "dropped_are": DROPPED[settings.bragg.exclusion],
         },
         "observations": {
@@ -155,5 +155,5 @@ def _observations(prepared: Prepared, found: Extracted) -> dict[str, Any]:
             "background_per_pixel": sums["background"] / n_pixels,
         },
         "blocks": blocks_record(totals, blocks),
-        "shells": shells_record(totals, found.peaks, experiments, grid),
+        "shells": shells_record(totals, found.peaks),
     }

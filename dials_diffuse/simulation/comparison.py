@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 from typing import Any, Mapping, Sequence
@@ -29,6 +30,7 @@ import numpy as np
 
 from dials.util import tabulate
 from dials_diffuse import symmetry
+from dials_diffuse.extraction.settings import ExclusionRegion, symmetric
 from dials_diffuse.grid import Grid
 from dials_diffuse.io.maps import MapFile
 from dials_diffuse.io.truth import TruthFile
@@ -49,6 +51,8 @@ MAX_ANGLE = 1.0  # degrees
 # Bragg exclusions that leave out whole voxels, or nothing
 LEAVE_VOXELS_WHOLE = ("none", "statistical")
 CUT_POINTS = 9  # along each edge of a voxel, to see whether an ellipsoid cuts it
+FEWER_POINTS = (1, 3, 5)  # the same, tried in turn, where it is not periodic
+CHUNK = 1_000_000  # points at a time
 
 MAX_ROUNDS = 50  # of the fit of the scale
 PRECISION = 1e-12  # relative change of the scale that ends it
@@ -279,7 +283,7 @@ def compare(
     truth: TruthFile | str | os.PathLike,
     n_shells: int = 10,
     scale: str = "fit",
-    exclusion: Sequence[float] | None = None,
+    exclusion: Sequence[ExclusionRegion] = (),
 ) -> Comparison:
     """The comparison of a merged map with the truth of its simulation.
 
@@ -288,10 +292,9 @@ def compare(
         truth: The truth, or its path.
         n_shells: Resolution shells.
         scale: fit the scale of the map, or take it as it is (absolute).
-        exclusion: The Bragg exclusion of the extraction, as
-            ``BraggSettings.metric``: voxels that it cuts are left out, since the map has
-            the mean of what remains of them. None if it cuts none
-            (``LEAVE_VOXELS_WHOLE``).
+        exclusion: The regions about Bragg positions that the extraction left out:
+            voxels that one of them cuts are left out, since the map has the mean of what
+            remains of them. Empty if there is none (``LEAVE_VOXELS_WHOLE``).
 
     Raises:
         ValueError: A file is not what it should be, or the two do not fit together.
@@ -308,7 +311,7 @@ def compare(
 def matched_voxels(
     merged: MapFile,
     truth: TruthFile,
-    exclusion: Sequence[float] | None = None,
+    exclusion: Sequence[ExclusionRegion] = (),
 ) -> MatchedVoxels:
     """The unique voxels of a map that can be compared with the truth.
 
@@ -338,8 +341,11 @@ def matched_voxels(
         "on the resolution limits": ~is_whole(grid, s),
         "not observed": ~(columns["normalisation"] > 0),
     }
-    if exclusion is not None:
-        reasons["cut by the Bragg exclusion"] = is_cut(grid, index, exclusion)
+    if exclusion:
+        cut = np.zeros(len(index), dtype=bool)
+        for region in exclusion:
+            cut[~cut] = is_cut_by_region(grid, index[~cut], region)
+        reasons["cut by the Bragg exclusion"] = cut
     kept = np.ones(len(index), dtype=bool)
     left_out = {}
     for reason, dropped in reasons.items():
@@ -436,6 +442,58 @@ def is_cut(grid: Grid, index: np.ndarray, exclusion: Sequence[float]) -> np.ndar
     places, number = np.unique(index % ndiv, axis=0, return_inverse=True)
     inside = is_excluded((places[:, None, :] + points) / ndiv, exclusion)
     return inside.any(axis=1)[number.ravel()]
+
+
+def is_cut_by_region(
+    grid: Grid, index: np.ndarray, region: ExclusionRegion
+) -> np.ndarray:
+    """Whether some part of voxels lies in the region about a Bragg position.
+
+    Of a region that grows with the resolution, only voxels that are near enough to a
+    lattice point are looked at, first at few points of each, then at all.
+
+    Args:
+        grid: The grid.
+        index: Voxel indices, shape (n, 3).
+        region: The region.
+    """
+    if not (region.growth or region.radial):
+        return is_cut(grid, index, region.metric)
+    ndiv = np.array(grid.ndiv)
+    open_ones = np.flatnonzero(_may_be_cut(grid, index, region))
+    cut = np.zeros(len(index), dtype=bool)
+    b = np.array(grid.cell.fractionalization_matrix()).reshape(3, 3)
+    for n_points in FEWER_POINTS:
+        across = np.linspace(-0.5, 0.5, n_points) if n_points > 1 else np.zeros(1)
+        points = np.stack(np.meshgrid(across, across, across), axis=-1).reshape(-1, 3)
+        for part in np.array_split(
+            open_ones, 1 + len(open_ones) * len(points) // CHUNK
+        ):
+            hkl = (index[part, None] + points) / ndiv
+            s2 = np.sum((hkl @ b) ** 2, axis=-1)
+            cut[part] = region.is_inside(hkl, s2).any(axis=1)
+        open_ones = open_ones[~cut[open_ones]]
+    return cut
+
+
+def _may_be_cut(grid: Grid, index: np.ndarray, region: ExclusionRegion) -> np.ndarray:
+    """Whether voxels are near enough to a lattice point.
+
+    By the length of dh in the metric of the region, which is at most that of its widest
+    extent, (1 + growth s²)^{1/2}, and of half a diagonal of the voxel.
+    """
+    g, ndiv = symmetric(region.metric), np.array(grid.ndiv)
+
+    def length2(dh: np.ndarray) -> np.ndarray:
+        return np.einsum("...i,ij,...j->...", dh, g, dh)
+
+    signs = np.array(list(itertools.product((-1, 1), repeat=3)))
+    reach = np.sqrt(length2(signs / (2 * ndiv)).max())
+    s = grid.s(index) + grid.half_diagonal
+    dh = index / ndiv - np.rint(index / ndiv)
+    # a part of the voxel may be nearest to another lattice point than its centre
+    away = np.min([length2(dh - np.sign(dh) * (n > 0)) for n in signs], axis=0)
+    return np.sqrt(away) < np.sqrt(1 + region.growth * s**2) + reach
 
 
 def is_excluded(hkl: np.ndarray, exclusion: Sequence[float]) -> np.ndarray:

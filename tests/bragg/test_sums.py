@@ -363,7 +363,10 @@ class Images:
         bragg = BraggSettings(semi_axes=(radius,) * 3, unit="inverse_angstrom")
         settings = extraction_settings(self.simulation, bragg)
         grid = make_grid(experiments, settings)
-        peaks = extract(experiments, grid, settings, folder / "extracted.refl").peaks
+        parts = []
+        path = folder / "extracted.refl"
+        extract(experiments, grid, settings, path, take_peaks=parts.append)
+        (peaks,) = parts
         k = flux or 1.0
         scaled = {
             name: getattr(peaks, name) / k**power

@@ -29,9 +29,10 @@ from scitbx import matrix
 
 from dials.algorithms.integration import Corrections
 from dials.command_line import dials_import
-from dials_diffuse.extraction import loop, runs
+from dials_diffuse.extraction import loop, report, runs
 from dials_diffuse.extraction.extract import extract
 from dials_diffuse.extraction.reference import make_grid
+from dials_diffuse.extraction.report import count_static_pixels
 from dials_diffuse.extraction.settings import (
     BraggSettings,
     CorrectionSettings,
@@ -39,6 +40,7 @@ from dials_diffuse.extraction.settings import (
 )
 from dials_diffuse.extraction.tables import detector_numbers, table_keys
 from dials_diffuse.grid import Grid
+from dials_diffuse.io.bragg import bragg_table
 from dials_diffuse.io.observations import COLUMNS, GROUP, ObservationFile
 
 SMALL = (34, 28)
@@ -299,6 +301,95 @@ def test_result_does_not_depend_on_the_number_of_processes(tmp_path, monkeypatch
     extract(experiments, grid, settings, tmp_path / "small.refl")
     assert_files_identical(tmp_path / "1.refl", tmp_path / "small.refl")
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".refl"] * 5
+
+
+def whole_peaks(parts: list) -> dict[str, np.ndarray]:
+    names = [field.name for field in dataclasses.fields(parts[0])]
+    return {name: np.concatenate([getattr(p, name) for p in parts]) for name in names}
+
+
+def test_peaks_do_not_depend_on_the_parts_they_come_in(tmp_path, monkeypatch):
+    """Few rows at a time make the table and the sums that all together make."""
+    experiments = mixed_experiments()
+    settings = ExtractionSettings(ndiv=(3, 3, 3), d_min=2.2, gain=1.3)
+    grid = make_grid(experiments, settings)
+    found, parts = [], []
+    for name in ("whole", "parts"):
+        if name == "parts":
+            monkeypatch.setattr(runs, "PEAK_ROWS", 1)
+            monkeypatch.setattr(runs.sorted_slabs, "__defaults__", (100,))
+            monkeypatch.setattr(runs, "SAMPLE", 7)
+        parts.append([])
+        with bragg_table(tmp_path / f"bragg_{name}.refl", experiments) as append:
+
+            def take(peaks):
+                append(peaks)
+                parts[-1].append(peaks)
+
+            path = tmp_path / f"{name}.refl"
+            found.append(extract(experiments, grid, settings, path, take_peaks=take))
+    assert len(parts[0]) == 1 and len(parts[1]) > 3
+    tables = [datasets(tmp_path / f"{name}.refl") for name in ("whole", "parts")]
+    for name in COLUMNS:
+        np.testing.assert_array_equal(*(table[f"{GROUP}/{name}"] for table in tables))
+    whole, together = (tmp_path / f"bragg_{x}.refl" for x in ("whole", "parts"))
+    assert whole.read_bytes() == together.read_bytes()
+    sums, others = (x.peaks for x in found)
+    for name in ("n_peaks", "n_complete", "n_unique", "n_pixels"):
+        assert getattr(sums, name) == getattr(others, name)
+    for name, values in sums.shells.items():
+        np.testing.assert_allclose(others.shells[name], values, rtol=1e-12)
+
+
+def test_sums_over_the_peaks(tmp_path):
+    """Against a selection peak by peak."""
+    experiments = mixed_experiments()
+    settings = ExtractionSettings(ndiv=(3, 3, 3), d_min=2.2, d_max=20.0)
+    grid = make_grid(experiments, settings)
+    parts = []
+    path = tmp_path / "x.refl"
+    sums = extract(experiments, grid, settings, path, take_peaks=parts.append).peaks
+    p = whole_peaks(parts)
+    assert (sums.n_peaks, sums.n_pixels) == (len(p["id"]), p["n_pixels"].sum())
+    assert sums.n_complete == np.count_nonzero(p["complete"]) > 0
+    assert sums.n_unique == len({tuple(hkl) for hkl in p["hkl"].tolist()})
+    edges = np.linspace(1 / 20.0, 1 / 2.2, 21)
+    expected = np.zeros((4, 20))
+    for i, hkl in enumerate(p["hkl"].tolist()):
+        if not (p["complete"][i] or experiments[int(p["id"][i])].is_still()):
+            continue
+        s = 1 / uctbx.unit_cell(grid.unit_cell).d(hkl) if any(hkl) else 0.0
+        shell = np.clip(np.searchsorted(edges, s) - 1, 0, 19)
+        w, value, sigma = p["weight"][i], p["intensity"][i], p["variance"][i] ** 0.5
+        expected[:, shell] += (1, w, w * value, value / sigma) if sigma > 0 else 0
+    found = [sums.shells[x] for x in ("n_peaks", "weight", "intensity", "i_over_sigma")]
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+    assert 0 < expected[0].sum() < sums.n_peaks
+
+
+def test_pixels_counted_with_the_tables(tmp_path, monkeypatch):
+    """Those of the first images are not counted again, and the count is the same."""
+    experiments = mixed_experiments()
+    rng = np.random.default_rng(7)
+    masks = {
+        e.identifier: tuple(rng.random(SMALL[::-1]) < 0.8 for _ in e.detector)
+        for e in experiments
+    }
+    settings = ExtractionSettings(d_min=2.6, d_max=12.0, masks=masks, nproc=2)
+    grid = make_grid(experiments, settings)
+    found = extract(experiments, grid, settings, tmp_path / "x.refl")
+    assert list(found.pixels) == [table_keys(experiments, masks)[0]]
+    every = count_static_pixels(experiments, found.blocks, grid, settings)
+    (pixels,) = found.pixels.values()
+    assert pixels.masked == sum(int((~mask).sum()) for mask in masks["id0"])
+    first = [block for block in found.blocks if block.experiment == 0]
+    alone = count_static_pixels(experiments, first, grid, settings)
+    assert tuple(7 * n for n in pixels) == (alone.total, alone.masked, alone.outside)
+    assert 0 < pixels.outside < pixels.total - pixels.masked
+    monkeypatch.setattr(report, "n_outside", lambda *args: 0)
+    fewer = count_static_pixels(experiments, found.blocks, grid, settings, found.pixels)
+    assert fewer.outside == alone.outside < every.outside
+    assert (fewer.total, fewer.masked) == (every.total, every.masked)
 
 
 def test_one_still_on_many_threads(tmp_path):

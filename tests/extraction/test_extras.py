@@ -63,6 +63,7 @@ from dials_diffuse.extraction.reference import make_grid
 from dials_diffuse.extraction.settings import (
     BraggSettings,
     CorrectionSettings,
+    ExclusionRegion,
     ExtractionSettings,
     symmetric,
 )
@@ -667,6 +668,10 @@ def test_fitted_region_is_that_of_the_ellipsoid(tmp_path, growth_radial):
     table = run(experiments, settings, tmp_path)
     parts = [recount(e, n, settings, used) for n, e in enumerate(experiments)]
     assert_same_pixels(table, *parts)
+    (path,) = tmp_path.glob("*.refl")
+    with ObservationFile(path) as written:
+        regions = list(map(ExclusionRegion.from_numbers, written.bragg_regions))
+    assert set(regions) == {settings.region(e, GRID) for e in experiments}
     n_used, n_all, n_other = np.zeros(3)
     for pixels in pixels_of(experiments[0], SETTINGS):
         hkl = hkl_of(experiments[0], 0, pixels)

@@ -5,6 +5,7 @@ import resource
 import numpy as np
 import pytest
 
+from dials_diffuse.bragg.points import PointGrid
 from dials_diffuse.extraction import runs
 from dials_diffuse.extraction.loop import SUMS
 from dials_diffuse.grid import Grid
@@ -138,8 +139,7 @@ def test_voxels_beyond_d_min_of_the_reference_cell_are_left_out(tmp_path):
     block["key"], block["n_pixels"] = ALL_KEYS, 1
     (path,) = runs.write_runs([block], tmp_path, "run")
     with ObservationWriter(tmp_path / "x.refl", GRID, {0: "a"}) as writer:
-        n_beyond, peaks = runs.merge_runs([path], GRID, writer)
-    assert len(peaks) == 0
+        n_beyond = runs.merge_runs([path], GRID, writer, take_peaks=pytest.fail)
     with ObservationFile(tmp_path / "x.refl") as table:
         index = table.read(0, table.n_rows, ["miller_index"])["miller_index"]
     # half a voxel diagonal: its pixels may still be within the limit
@@ -173,3 +173,27 @@ def test_voxels_that_stand_out_are_left_out(tmp_path):
         index = table.read(0, table.n_rows, ["miller_index"])["miller_index"]
     assert peak not in GRID.key(index)
     assert len(index) % 4 == 0
+
+
+def test_peaks_are_handed_over_in_parts(tmp_path, monkeypatch):
+    """All rows of some lattice points at a time, and never many of them."""
+    monkeypatch.setattr(runs, "PEAK_ROWS", 120)
+    monkeypatch.setattr(runs.sorted_slabs, "__defaults__", (50,))
+    monkeypatch.setattr(runs, "SAMPLE", 1)
+    n_voxels = PointGrid(GRID).n_voxels
+    rng = np.random.default_rng(7)
+    blocks = random_blocks(40)
+    for block in blocks:
+        block["key"][::2] = n_voxels + rng.integers(0, 200, len(block[::2]))
+        block.sort(order="key", kind="stable")
+    paths = runs.write_runs(blocks, tmp_path, "run")
+    taken = []
+    with ObservationWriter(tmp_path / "o.refl", GRID, {0: "a"}) as writer:
+        runs.merge_runs(paths, GRID, writer, take_peaks=taken.append)
+    rows = plainly_sorted(blocks)
+    peaks = rows[rows["key"] >= n_voxels]
+    assert len(taken) > 3 and max(map(len, taken)) < 120 + 60 < len(peaks) / 3
+    for part, following in zip(taken, taken[1:]):
+        assert part["key"][-1] < following["key"][0]
+    np.testing.assert_array_equal(np.concatenate(taken), peaks)
+    assert writer.n_rows == len(rows) - len(peaks)

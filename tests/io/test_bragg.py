@@ -21,7 +21,7 @@ import dials.command_line.show
 from dials.array_family import flex
 from dials_diffuse.bragg.sums import PeakIntensities
 from dials_diffuse.io.bragg import COLUMNS as WRITTEN
-from dials_diffuse.io.bragg import BraggWriter, write_bragg
+from dials_diffuse.io.bragg import BraggWriter, bragg_table
 from dials_diffuse.util.compat import miller_index_to_numpy
 from dials_diffuse.util.files import atomic_path
 
@@ -76,7 +76,8 @@ def some_peaks(n: int = N) -> PeakIntensities:
 def written(tmp_path, peaks: PeakIntensities) -> flex.reflection_table:
     path = tmp_path / "bragg.refl"
     with atomic_path(path) as temporary:
-        write_bragg(temporary, peaks, some_experiments())
+        with BraggWriter(temporary, some_experiments()) as writer:
+            writer.append(peaks)
     return flex.reflection_table.from_file(str(path))
 
 
@@ -143,14 +144,30 @@ def parts_of(peaks: PeakIntensities, *limits: int) -> list[PeakIntensities]:
 
 def test_parts_make_the_same_file_as_the_whole(tmp_path):
     peaks = some_peaks(50)
-    write_bragg(tmp_path / "whole.refl", peaks, some_experiments())
-    with BraggWriter(tmp_path / "parts.refl", some_experiments()) as writer:
+    written(tmp_path, peaks)
+    with bragg_table(tmp_path / "parts.refl", some_experiments()) as append:
         for part in parts_of(peaks, 0, 13, 14, 14, 40):
-            writer.append(part)
-        assert writer.n_rows == 50
-    whole, parts = (tmp_path / name for name in ("whole.refl", "parts.refl"))
+            append(part)
+    whole, parts = (tmp_path / name for name in ("bragg.refl", "parts.refl"))
     assert whole.read_bytes() == parts.read_bytes()
-    assert sorted(tmp_path.iterdir()) == [parts, whole]  # nothing is left beside them
+    assert sorted(tmp_path.iterdir()) == [whole, parts]  # nothing is left beside them
+
+
+def test_no_table_without_peaks(tmp_path):
+    with bragg_table(tmp_path / "bragg.refl", some_experiments()) as append:
+        append(some_peaks(0))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_interrupted_table_leaves_what_was_there(tmp_path, error):
+    (tmp_path / "bragg.refl").write_text("before")
+    with pytest.raises(error):
+        with bragg_table(tmp_path / "bragg.refl", some_experiments()) as append:
+            append(some_peaks())
+            raise error
+    assert [path.name for path in tmp_path.iterdir()] == ["bragg.refl"]
+    assert (tmp_path / "bragg.refl").read_text() == "before"
 
 
 def test_dials_writes_the_same_table(tmp_path):

@@ -152,3 +152,16 @@ def test_damaged_file_is_named(tmp_path, part):
         del handle[part]
     with pytest.raises(ValueError, match="x.refl is damaged .*: make it again"):
         ObservationFile(path)
+
+
+def test_regions_about_lattice_points(tmp_path):
+    path = tmp_path / "a.refl"
+    regions = np.arange(18.0).reshape(2, 9)
+    with ObservationWriter(path, GRID, {0: "a"}) as writer:
+        writer.write_bragg_regions(regions)
+    with ObservationFile(path) as handle:
+        np.testing.assert_array_equal(handle.bragg_regions, regions)
+    with ObservationWriter(path, GRID, {0: "a"}):
+        pass
+    with ObservationFile(path) as handle:
+        assert handle.bragg_regions.shape == (0, 9)

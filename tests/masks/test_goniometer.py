@@ -60,9 +60,18 @@ def shadowed(kind: str, width: float) -> Experiment:
 
 
 def shadows(e: Experiment) -> np.ndarray:
-    """By dxtbx, of each image; all counts are in the trusted range."""
+    """By dxtbx, at the begin, the end and three angles within each image."""
+    masker, scan = e.imageset.masker(), e.imageset.get_scan()
+    start, width = scan.get_oscillation()
+    angles = start + width * (np.arange(N_IMAGES)[:, None] + np.linspace(0, 1, 5))
     return np.array(
-        [~flumpy.to_numpy(e.imageset.get_mask(i)[0]) for i in range(N_IMAGES)]
+        [
+            np.any(
+                [~flumpy.to_numpy(masker.get_mask(e.detector, a)[0]) for a in of_image],
+                axis=0,
+            )
+            for of_image in angles
+        ]
     )
 
 

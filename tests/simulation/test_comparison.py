@@ -11,10 +11,10 @@ from cctbx import sgtbx
 
 from dials_diffuse import symmetry
 from dials_diffuse.command_line import diffuse_process
-from dials_diffuse.extraction.settings import BraggSettings
+from dials_diffuse.extraction.settings import BraggSettings, ExclusionRegion
 from dials_diffuse.grid import Grid
 from dials_diffuse.io.maps import MapWriter, read_map
-from dials_diffuse.io.observations import ObservationFile
+from dials_diffuse.io.observations import ObservationFile, ObservationWriter
 from dials_diffuse.io.truth import PARTS, Truth, write_truth
 from dials_diffuse.merging.merge import MergingSettings, merge
 from dials_diffuse.merging.sums import number_voxels, unique_voxels, unpack
@@ -24,11 +24,15 @@ from dials_diffuse.simulation.comparison import (
     compare,
     compare_voxels,
     is_cut,
+    is_cut_by_region,
 )
 
 # a = b, but not by symmetry: h and k can be exchanged by mistake.
 GRID = Grid((22.0, 22.0, 27.0, 90, 90, 90), (2, 2, 2), " P 2ac 2ab", 2.2)
 POWER = 3.0
+
+# Semi-axes of 1/7, 1/8 and 1/6 that grow with s, less along it
+GROWING = ExclusionRegion((49.0, 64.0, 36.0, 5.0, 0.0, -3.0), 30.0, 0.5, 0.01)
 
 
 def true_intensity(grid: Grid, index: np.ndarray) -> np.ndarray:
@@ -345,7 +349,7 @@ def test_cut_voxels_are_left_out(write_true_map, merge_rows):
 
     def left(*semi_axes: float) -> MatchedVoxels:
         metric = [*np.array(semi_axes) ** -2.0, 0.0, 0.0, 0.0]
-        return compare(merged, truth, exclusion=metric).voxels
+        return compare(merged, truth, exclusion=[ExclusionRegion(metric)]).voxels
 
     # a voxel half-way between Bragg positions begins at 1/4
     near = np.all(everything.index % 2 == 0, axis=1)
@@ -359,11 +363,28 @@ def test_cut_voxels_are_left_out(write_true_map, merge_rows):
     "exclusion, warns",
     [("none", False), ("statistical", False), ("auto", True), ("shoebox", True)],
 )
-def test_exclusions_whose_cuts_are_not_known(caplog, exclusion, warns):
+def test_exclusions_whose_cuts_are_not_known(tmp_path, caplog, exclusion, warns):
+    path = tmp_path / "x.refl"
+    with ObservationWriter(path, GRID, {0: "a"}):
+        pass
     with caplog.at_level("WARNING", "dials.diffuse"):
-        known = diffuse_process.known_exclusion(BraggSettings(exclusion), GRID)
-    assert known is None
+        known = diffuse_process.known_exclusion(BraggSettings(exclusion), GRID, path)
+    assert known == []
     assert ("compared as if they were whole" in caplog.text) == warns
+
+
+def test_exclusions_whose_cuts_are_known(tmp_path, caplog):
+    """The fitted ones from the table of extraction, a given one from its settings."""
+    path = tmp_path / "x.refl"
+    with ObservationWriter(path, GRID, {0: "a"}) as writer:
+        writer.write_bragg_regions(np.array([GROWING.numbers]))
+    with caplog.at_level("WARNING", "dials.diffuse"):
+        found = diffuse_process.known_exclusion(BraggSettings("auto"), GRID, path)
+        given = BraggSettings(semi_axes=(0.2, 0.2, 0.5))
+        metric = diffuse_process.known_exclusion(given, GRID, path)
+    assert found == [GROWING] and not caplog.text
+    expected = [25, 25, 4, 0, 0, 0, 0, 0, 0]
+    np.testing.assert_allclose(metric[0].numbers, expected, atol=1e-12)
 
 
 def test_left_out_whole_voxels_leave_the_others_as_they_are(write_true_map, merge_rows):
@@ -423,7 +444,7 @@ def test_wrong_input_is_refused(write_true_map, merge_rows):
     with pytest.raises(ValueError, match="n_shells=0 must be positive"):
         compare(merged, truth, n_shells=0)
     with pytest.raises(ValueError, match="have no voxel in common"):
-        compare(merged, truth, exclusion=(1.0, 1.0, 1.0, 0.0, 0.0, 0.0))
+        compare(merged, truth, exclusion=[ExclusionRegion((1, 1, 1, 0, 0, 0))])
     voxels = simulated_voxels()
     with pytest.raises(ValueError, match="is -1, not positive"):
         compare_voxels(dataclasses.replace(voxels, intensity=-voxels.truth))
@@ -485,3 +506,44 @@ def test_voxels_that_an_exclusion_cuts(radius):
     distance = np.sqrt(np.sum(index % 2 != 0, axis=1)) / 4
     expected = on_bragg | (distance < radius)
     np.testing.assert_array_equal(is_cut(grid, index, metric), expected)
+
+
+@pytest.mark.parametrize("ndiv", [(2, 2, 2), (3, 4, 5)])
+def test_voxels_that_a_growing_region_cuts(ndiv):
+    """Against the definition at points of all voxels, and against one that grows not."""
+    grid = dataclasses.replace(GRID, ndiv=ndiv)
+    rng = np.random.default_rng(7)
+    index = rng.integers(-4 * np.array(ndiv), 4 * np.array(ndiv) + 1, (200, 3))
+    cut = is_cut_by_region(grid, index, GROWING)
+    fixed = ExclusionRegion(GROWING.metric)
+    smaller = is_cut_by_region(grid, index, fixed)
+    np.testing.assert_array_equal(smaller, is_cut(grid, index, fixed.metric))
+    assert np.all(cut[smaller]) and 0.05 < smaller.mean() < cut.mean() < 0.95
+    b = np.array(grid.cell.fractionalization_matrix()).reshape(3, 3)
+    g11, g22, g33, g12, g13, g23 = GROWING.metric
+    g = np.array([[g11, g12, g13], [g12, g22, g23], [g13, g23, g33]])
+    for voxel, found in zip(index, cut):
+        corners = np.array(list(np.ndindex(5, 5, 5))) / 4 - 0.5
+        inside = False
+        for hkl in (voxel + corners) / ndiv:
+            dh = hkl - np.rint(hkl)
+            s2 = np.sum((hkl @ b) ** 2)
+            along = dh @ g @ hkl
+            distance = dh @ g @ dh + 0.01 * along**2 / (1 + 0.5 * s2)
+            inside = inside or distance < 1 + 30.0 * s2
+            if inside:
+                break
+        assert found == inside
+
+
+def test_voxels_that_several_regions_cut(write_true_map, merge_rows):
+    merged, truth = merge_rows(observe()), write_true_map()
+    wide = ExclusionRegion((11.0, 11.0, 30.0, 0.0, 0.0, 0.0))
+
+    def left(*regions: ExclusionRegion) -> set[tuple[int, ...]]:
+        voxels = compare(merged, truth, exclusion=regions).voxels
+        return set(map(tuple, voxels.index.tolist()))
+
+    assert left(GROWING) != left(wide)
+    assert left(GROWING, wide) == left(GROWING) & left(wide)
+    assert len(left(GROWING, wide)) < min(len(left(GROWING)), len(left(wide)))

@@ -22,6 +22,7 @@ from dials_diffuse.command_line import (
     diffuse_process,
     diffuse_simulate,
 )
+from dials_diffuse.extraction.settings import ExclusionRegion
 from dials_diffuse.simulation.comparison import compare
 
 CELL = "34,38,42,90,90,90"
@@ -57,7 +58,7 @@ LEAST_CC = {"rotation": 0.9, "stills": 0.98}
 LARGEST_CELL_ERROR = {"rotation": 0.001, "stills": 0.002}
 # the polarization is not in the header of the images
 CORRECTIONS = "corrections.polarization_fraction=0.999"
-EXCLUSION = (16.0, 16.0, 16.0, 0.0, 0.0, 0.0)
+EXCLUSION = [ExclusionRegion((16.0, 16.0, 16.0, 0.0, 0.0, 0.0))]
 
 
 def check_models(kind: str, record: dict) -> None:

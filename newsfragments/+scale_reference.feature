@@ -1,0 +1,1 @@
+``dials.diffuse_scale``: a reference map is one more observation of its voxels, with its errors, ``exclude_images`` leaves out whole blocks and refuses images that a scan does not have, and stills of which few observations are refined against are scaled with all they have.
