@@ -20,10 +20,10 @@ from matplotlib.ticker import NullLocator
 from dials_diffuse import symmetry
 from dials_diffuse.grid import Grid
 from dials_diffuse.io.maps import INTENSITY
+from dials_diffuse.report.beam_view import circle_resolutions
 from dials_diffuse.report.embedding import draw, embed
 from dials_diffuse.report.slices import (
     Layer,
-    circle_resolutions,
     colour_limits,
     cut_layer,
     draw_layer,
