@@ -127,7 +127,8 @@ def report(name: str, use: Usage, log: str) -> None:
     """Print a line for a run."""
     refined = re.search(r"(\d+) observations of (\d+) voxels", log)
     chi = re.search(
-        r"χ² per degree of freedom: ([\d.]+) with scales .* ([\d.]+) with its error", log
+        r"χ² per degree of freedom: ([\d.]+) with scales .* ([\d.]+) with its error",
+        log,
     )
     steps = sum(map(int, re.findall(r"after (\d+) steps", log)))
     print(

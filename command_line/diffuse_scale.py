@@ -44,21 +44,22 @@ import dials.util
 from dials.util import tabulate
 from dials.util.options import ArgumentParser, flatten_experiments
 from dials_diffuse.io.inputs import check_identifiers
-from dials_diffuse.io.maps import read_map
 from dials_diffuse.io.observations import (
     SCALED_COLUMNS,
     ObservationFile,
     ObservationWriter,
 )
-from dials_diffuse.merging import sums
 from dials_diffuse.merging.observations import check_tables
 from dials_diffuse.report.scaling import scaling_record
 from dials_diffuse.report.scaling_plots import render_page
 from dials_diffuse.scaling.apply import count, flag_outliers, scaled_rows
 from dials_diffuse.scaling.block import ImageRange, RowReader
+from dials_diffuse.scaling.excluded import block_widths, parse_excluded
 from dials_diffuse.scaling.models import scaling_models
-from dials_diffuse.scaling.scale import Scaling, scale
-from dials_diffuse.scaling.selection import agreement, gains, parse_excluded
+from dials_diffuse.scaling.reference import read_reference
+from dials_diffuse.scaling.result import Scaling
+from dials_diffuse.scaling.scale import scale
+from dials_diffuse.scaling.selection import Gain, agreement, gains
 from dials_diffuse.util.command import (
     collect_warnings,
     errors_in_one_line,
@@ -71,9 +72,6 @@ from dials_diffuse.util.files import atomic_path
 logger = logging.getLogger("dials.diffuse.scale")
 
 phil_scope = load_phil("scale")
-
-# I/σ of the voxels of a reference map that count.
-MIN_REFERENCE = 3.0
 
 
 def given(values: Sequence[str | None]) -> list[str]:
@@ -159,51 +157,17 @@ def number_experiments(
     return numbers
 
 
-def read_reference(path: str, table: ObservationFile) -> Mapping[str, np.ndarray]:
-    """Packed voxels, ascending, and intensities of a reference map.
-
-    Raises:
-        ValueError: Its grid is another one.
-    """
-    voxels = read_map(path, ("index", "intensity", "sigma"))
-    if (voxels.grid.unit_cell, voxels.grid.ndiv, voxels.grid.space_group) != (
-        table.grid.unit_cell,
-        table.grid.ndiv,
-        table.grid.space_group,
-    ):
-        raise ValueError(
-            f"reference={path} has another grid than {table.path}: extract the images "
-            "on the grid of the map (grid.reference_cell=given grid.unit_cell=... "
-            "grid.ndiv=...)"
-        )
-    # Taken as exact, intensities must be: errors of theirs would draw all scales down.
-    known = voxels["intensity"] >= MIN_REFERENCE * voxels["sigma"]
-    if not known.any():
-        raise ValueError(
-            f"reference={path} has no voxel with an intensity of {MIN_REFERENCE:g} "
-            "standard errors: it is too weak to scale to"
-        )
-    logger.info(
-        "Scaling to %d of %d voxels of %s, with I/σ of %g and more",
-        np.count_nonzero(known),
-        len(known),
-        path,
-        MIN_REFERENCE,
-    )
-    packed = sums.pack(voxels["index"][known])
-    order = np.argsort(packed)
-    return {"voxel": packed[order], "intensity": voxels["intensity"][known][order]}
-
-
 def scale_experiments(
     experiments: ExperimentList, tables: Sequence[ObservationFile], params: Any
 ) -> tuple[Scaling, RowReader]:
     """Scale, and once more without the experiments that do not agree with the rest."""
     numbers = number_experiments(experiments, tables)
-    excluded = parse_excluded(given(params.exclude_images), len(experiments))
+    excluded = parse_excluded(
+        given(params.exclude_images), experiments, block_widths(tables, numbers)
+    )
     reference = None
     if params.reference:
-        reference = read_reference(params.reference, tables[0])
+        reference = read_reference(params.reference, tables[0].grid, tables[0].path)
     while True:
         result, reader = scale(
             experiments, tables, numbers, params, excluded, reference
@@ -227,7 +191,14 @@ def scale_experiments(
         excluded += [ImageRange(int(i)) for i in bad]
 
 
-def log_result(scaling: Scaling) -> None:
+def contributions_of(scaling: Scaling) -> dict[str, Gain]:
+    """What each term contributes, nothing if there was nothing to refine."""
+    if scaling.refiner is None:
+        return {}
+    return gains(scaling.refiner, len(scaling.extents))
+
+
+def log_result(scaling: Scaling, contributions: Mapping[str, Gain]) -> None:
     """Scales and correlations of the experiments, terms that were switched off."""
     scales = scaling.experiment_scales()
     logger.info(
@@ -237,15 +208,14 @@ def log_result(scaling: Scaling) -> None:
         scales.max(),
         np.sqrt(np.mean((scales - 1) ** 2)),
     )
-    if scaling.refiner is not None:
-        found = gains(scaling.refiner, len(scales))
+    if contributions:
         rows = [
             (
                 f"without {name}" if name else "all terms",
                 f"{g.chi_square:.3f}",
                 f"{g.cc:.3f}",
             )
-            for name, g in found.items()
+            for name, g in contributions.items()
         ]
         header = ["", "χ² per degree\nof freedom", "mean CC\nwith the rest"]
         logger.info(
@@ -266,6 +236,10 @@ def write_output(
 ) -> None:
     """Write scaled observations and the experiments with their models."""
     identifiers = dict(enumerate(experiments.identifiers()))
+    # What the next scaling must know of the extraction, to leave out images.
+    widths = set(block_widths(reader.tables, reader.numbers).values())
+    if len(widths) == 1:
+        phil += f"block_width = {widths.pop():g}\n"
     folder = os.path.dirname(os.path.realpath(params.output.reflections))
     with contextlib.ExitStack() as stack:
         outliers = None
@@ -286,13 +260,8 @@ def write_output(
             )
         )
         writer.error_model = tuple(scaling.error_model.parameters)
-        n_outliers = count(scaled_rows(reader, scaling, outliers), writer.append)
-        logger.info(
-            "%d of %d observations are outliers (%.3f%%)",
-            n_outliers,
-            writer.n_rows,
-            100 * n_outliers / max(writer.n_rows, 1),
-        )
+        rows = scaled_rows(reader, scaling, outliers)
+        count(rows, writer.append, len(experiments)).log()
     for experiment, model in zip(experiments, scaling_models(scaling)):
         experiment.scaling_model = model
     with atomic_path(params.output.experiments) as path:
@@ -327,10 +296,13 @@ def process(params: Any, phil: str, files: Sequence[str]) -> Scaling:
         tables = [stack.enter_context(ObservationFile(path)) for path in files]
         check_tables(tables)
         scaling, reader = scale_experiments(experiments, tables, params)
-        log_result(scaling)
+        contributions = contributions_of(scaling)
+        log_result(scaling, contributions)
         write_output(experiments, reader, scaling, params, phil, inputs)
         if params.output.json or params.output.html:
-            record = scaling_record(experiments, reader, scaling, warnings, inputs)
+            record = scaling_record(
+                experiments, reader, scaling, warnings, inputs, contributions
+            )
             write_report(params, record)
     return scaling
 

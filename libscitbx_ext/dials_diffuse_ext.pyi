@@ -98,10 +98,10 @@ class ScalingBlock:
     ) -> None: ...
     def add_term(self, role: int, cell: flex.int, n_cells: int) -> None: ...
     def set_weights(self, weight: flex.float) -> None: ...
-    def set_given(self, intensity: flex.float) -> None:
-        """I of each group, NaN for those to be found; empty for none."""
+    def set_reference(self, intensity: flex.float, weight: flex.float) -> None:
+        """One more observation of I of each group, and its weight, 0 for none."""
 
-    def evaluate(self, values: list[flex.double]) -> float:
+    def evaluate(self, values: list[flex.double], curvatures: bool = True) -> float:
         """The weighted sum of squares for the value of each cell of each term."""
 
     def responses(self, values: list[flex.double]) -> tuple[flex.float, flex.float]:
@@ -110,7 +110,8 @@ class ScalingBlock:
     def gradient(self, term: int) -> flex.double:
         """By the logarithm of the values of a factor, by the values of an offset."""
 
-    def curvature(self, term: int) -> flex.double: ...
+    def curvature(self, term: int) -> flex.double:
+        """Of the last evaluation, which must have been with curvatures."""
     def intensities(self) -> flex.double: ...
 
 def voxels(half_size: Sequence[int], panel: Panel, frame: Frame) -> flex.int: ...

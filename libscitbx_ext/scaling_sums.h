@@ -7,15 +7,18 @@
  *
  * photons, with the products a of the outer and b of the inner factors and the sum c of
  * the offsets. Every term of the model has one value for each of its cells, and a row
- * knows its cell of every term. I is that of the least squares of its group,
- * sum(w x (y - o)) / sum(w x^2), unless it is given. The functional is sum(w r^2) with
- * the residuals r = y - o - x I; as it is stationary in I, its derivatives are those at
- * constant I.
+ * knows its cell of every term. A group may have an intensity R of a reference map,
+ * with the weight v: one more observation, of x = 1 and o = 0. I is that of the least
+ * squares of its group,
+ *
+ *     (sum(w x (y - o)) + v R) / (sum(w x^2) + v)
+ *
+ * The functional is sum(w r^2) + sum(v (R - I)^2) with the residuals r = y - o - x I;
+ * as it is stationary in I, its derivatives are those at constant I.
  */
 #ifndef DIALS_DIFFUSE_SCALING_SUMS_H
 #define DIALS_DIFFUSE_SCALING_SUMS_H
 
-#include <cmath>
 #include <cstddef>
 #include <vector>
 
@@ -28,16 +31,17 @@ enum Role { inner = 0, outer = 1, additive = 2 };
 struct ScalingRows {
   const int *start;
   std::size_t n_groups;
-  const float *photons;        // y
-  const float *normalisation;  // m
-  const float *weight;         // w
-  const float *given;          // I of each group, NaN for those to be found; may be 0
+  const float *photons;           // y
+  const float *normalisation;     // m
+  const float *weight;            // w
+  const float *reference;         // R of each group; may be 0
+  const float *reference_weight;  // v, 0 for groups without
 };
 
 /* A term of the model: the cell of each row, the value of each cell. `gradient` is
  * that with respect to the logarithm of the value of a factor, and to the value of an
- * offset; `curvature` the diagonal of its second derivatives, less what the group's I
- * takes up. */
+ * offset; `curvature`, unless it is 0, the diagonal of its second derivatives, less
+ * what the group's I takes up. */
 struct ScalingTerm {
   Role role;
   const int *cell;
@@ -62,7 +66,9 @@ inline double add_scaling_sums(const ScalingRows &rows,
       xs.resize(n);
       os.resize(n);
     }
-    double numerator = 0, denominator = 0;
+    const double v = rows.reference ? rows.reference_weight[group] : 0.0;
+    const double known = v > 0 ? rows.reference[group] : 0.0;
+    double numerator = v * known, denominator = v;
     for (std::size_t j = 0; j < n; ++j) {
       const std::size_t i = first + j;
       double a = 1, b = 1, c = 0;
@@ -83,18 +89,16 @@ inline double add_scaling_sums(const ScalingRows &rows,
       numerator += w * xs[j] * (rows.photons[i] - os[j]);
       denominator += w * xs[j] * xs[j];
     }
-    const bool is_given = rows.given && !std::isnan(rows.given[group]);
-    double mean = is_given ? double(rows.given[group]) : 0.0;
-    if (!is_given && denominator > 0) mean = numerator / denominator;
+    const double mean = denominator > 0 ? numerator / denominator : 0.0;
     intensity[group] = mean;
+    total += v * (known - mean) * (known - mean);
     for (std::size_t j = 0; j < n; ++j) {
       const std::size_t i = first + j;
       const double w = rows.weight[i];
       if (!(w > 0)) continue;
       const double residual = rows.photons[i] - os[j] - xs[j] * mean;
       // What the fit of I leaves of the weight of a row.
-      const double rest =
-        is_given || !(denominator > 0) ? 1 : 1 - w * xs[j] * xs[j] / denominator;
+      const double rest = denominator > 0 ? 1 - w * xs[j] * xs[j] / denominator : 1;
       total += w * residual * residual;
       for (std::size_t k = 0; k < terms.size(); ++k) {
         const ScalingTerm &term = terms[k];
@@ -102,7 +106,8 @@ inline double add_scaling_sums(const ScalingRows &rows,
                              : term.role == outer ? xs[j] * mean + os[j]
                                                   : rows.normalisation[i] * as[j];
         term.gradient[term.cell[i]] -= 2 * w * residual * slope;
-        term.curvature[term.cell[i]] += 2 * w * slope * slope * rest;
+        if (term.curvature)
+          term.curvature[term.cell[i]] += 2 * w * slope * slope * rest;
       }
     }
   }

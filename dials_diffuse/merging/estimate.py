@@ -1,10 +1,12 @@
 """Intensity of a voxel and its variance, from the sums of its observations.
 
-    I = (N - B) / M        var I = a² (N' + V + F I²) / M²
+    I = (N - B) / M        var I = a² (r N' + V + F I²) / M²
 
 with the counts N (photons), the background B and its variance V, and the normalisation
 M. The error model of scaling gives a, and F = Σ (b M)² over the observations; without it
-a = 1 and F = 0. Sums of counts are Poisson distributed however few they are, so I is unbiased; no
+a = 1 and F = 0. Where tables of different error models are merged, a is the largest, and
+the variances of each row, in V, F and with r in N', are multiplied by the square of its own
+a over the largest. Sums of counts are Poisson distributed however few they are, so I is unbiased; no
 single count ever serves as a weight.
 
 N' stands for the expected counts, of which N is an estimate, and a useless one near
@@ -101,17 +103,19 @@ def sigma(
     rate: np.ndarray,
     scatter: np.ndarray | float = 0.0,
     a: float = 1.0,
+    counting: np.ndarray | float = 1.0,
 ) -> np.ndarray:
-    """Standard error of the intensity, a √(N' + V + F I²) / M, and NaN where M is zero.
+    """Standard error of the intensity, a √(r N' + V + F I²) / M, NaN where M is zero.
 
     Args:
         rate: ``shell_rate`` of the shell in which the voxel lies.
         scatter: F I², photons².
         a: Of the error model.
+        counting: r.
     """
     observed = normalisation > 0
     m = np.where(observed, normalisation, 1.0)
-    n = expected_counts(counts, m * rate)
+    n = counting * expected_counts(counts, m * rate)
     return np.where(
         observed, a * np.sqrt(n + background_variance + scatter) / m, np.nan
     )

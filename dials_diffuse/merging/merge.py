@@ -24,6 +24,7 @@ from dials_diffuse.merging.observations import (
     ObservationTable,
     check_tables,
     error_model,
+    names_of_sums,
     read_observations,
 )
 from dials_diffuse.merging.statistics import (
@@ -99,8 +100,9 @@ def merge(
     grid = tables[0].grid
     voxels = sums.unique_voxels(grid)
     numbers = sums.number_voxels(grid, voxels)
-    observed = sum_observations(tables, voxels, numbers, settings, store)
-    mean = estimate_intensities(grid, store, max(error_model(t).a for t in tables))
+    observed, counting = sum_observations(tables, voxels, numbers, settings, store)
+    a = max(error_model(t).a for t in tables)
+    mean = estimate_intensities(grid, store, a, counting)
     statistics = compare_halves(grid, voxels, mean, settings.n_shells, store)
     write_tables(statistics, mean, store)
     renumber(numbers, observed, len(voxels))
@@ -139,7 +141,7 @@ def sum_observations(
     numbers: np.ndarray,
     settings: MergingSettings,
     store: VoxelStore,
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Add up the observations of each unique voxel, and append them to the store.
 
     Args:
@@ -150,14 +152,17 @@ def sum_observations(
         store: Gets the voxels that were observed.
 
     Returns:
-        Place among all unique voxels of the observed ones, ascending.
+        Place among all unique voxels of the observed ones, ascending; and r of
+        ``estimate`` of the map and its halves, float32, shape (3, n), None if the tables
+        have the same a.
     """
     grid = tables[0].grid
-    observed = []
+    names = names_of_sums(tables)
+    observed, counting = [], []
     n_added = 0
     for start in range(0, len(voxels), settings.voxels_per_pass):
         stop = min(start + settings.voxels_per_pass, len(voxels))
-        accumulator = sums.Accumulator(start, stop)
+        accumulator = sums.Accumulator(start, stop, names)
         n_obs = 0
         for observations, half in read_observations(
             tables, settings.seed, settings.half_split, report=start == 0
@@ -167,6 +172,8 @@ def sum_observations(
             n_added += accumulator.add(observations, number, half)
         for places, halves in accumulator.observed():
             observed.append(places)
+            if sums.COUNTING in halves:
+                counting.append(_counting(halves))
             _append(sums.unpack(voxels[places]), halves, grid, store)
         del accumulator  # before the next is made
     if n_added != n_obs:
@@ -174,7 +181,18 @@ def sum_observations(
             f"{n_obs - n_added} of {n_obs} observations lie beyond d_min={grid.d_min:g} "
             "of their own grid: the table is damaged, extract it again"
         )
-    return np.concatenate(observed)
+    return (
+        np.concatenate(observed),
+        np.concatenate(counting, axis=1) if counting else None,
+    )
+
+
+def _counting(halves: dict[str, np.ndarray]) -> np.ndarray:
+    """r of all observations and of each half; takes their sums from among the others."""
+    weight, norm = halves.pop(sums.COUNTING), halves["normalisation"]
+    weight, norm = (np.vstack([x.sum(axis=0), x]) for x in (weight, norm))
+    found = np.divide(weight, norm, out=np.ones(weight.shape), where=norm > 0)
+    return found.astype(np.float32)
 
 
 def _s_limit(grid: Grid) -> float:
@@ -208,7 +226,10 @@ def mean_rate(grid: Grid, store: VoxelStore) -> np.ndarray:
 
 
 def estimate_intensities(
-    grid: Grid, store: VoxelStore, a: float = 1.0
+    grid: Grid,
+    store: VoxelStore,
+    a: float = 1.0,
+    counting: np.ndarray | None = None,
 ) -> IsotropicMean:
     """Form the intensities and errors of the map and its halves from their sums.
 
@@ -216,6 +237,7 @@ def estimate_intensities(
         grid: The grid.
         store: Has the sums, gets the intensities and errors.
         a: Of the error model of scaling.
+        counting: r of ``estimate``, of the map and its halves, shape (3, n); 1 if None.
 
     Returns:
         Mean of the three intensities in shells of 0.01 Å⁻¹.
@@ -227,7 +249,7 @@ def estimate_intensities(
     for start, block in store.blocks(["index", *names], sums.VOXELS_PER_BLOCK):
         s = grid.s(block["index"])
         result = {}
-        for p in prefixes:
+        for number, p in enumerate(prefixes):
             n, m = block[p + "counts"], block[p + "normalisation"]
             intensity = estimate.intensity(n, block[p + "background"], m)
             result[p + "intensity"] = intensity
@@ -238,6 +260,7 @@ def estimate_intensities(
                 rate[estimate.thin_shell(s)],
                 block[p + "fractional"] * np.maximum(intensity, 0) ** 2,
                 a,
+                1.0 if counting is None else counting[number, start : start + len(s)],
             )
         store.update(start, result)
         mean.add(s, result)

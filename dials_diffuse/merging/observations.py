@@ -13,6 +13,7 @@ from typing import Iterator, Mapping, NamedTuple, Protocol, Sequence
 import numpy as np
 
 from dials.array_family import flex
+from dials_diffuse import symmetry
 from dials_diffuse.grid import Grid
 from dials_diffuse.merging import sums
 from dials_diffuse.util.signals import progress_bar
@@ -97,6 +98,8 @@ def read_observations(
         report: Whether to log the number of rows that are left out.
     """
     n_all = 0
+    a_max = max(error_model(table).a for table in tables)
+    names_of_columns = names_of_sums(tables)
     for table in tables:
         names = [*REQUIRED_COLUMNS, *set(OPTIONAL_COLUMNS).intersection(table.columns)]
         hashes = _hashes_by_id(table.identifiers)
@@ -107,10 +110,11 @@ def read_observations(
             n_used += len(rows["id"])
             if len(rows["id"]) == 0:
                 continue
+            found = _sums_of_rows(rows, error_model(table), a_max)
             observations = sums.group_observations(
                 rows["miller_index"],
                 rows["id"],
-                _sums_of_rows(rows, error_model(table).b),
+                {name: found[name] for name in names_of_columns},
             )
             experiment = lookup(hashes, observations.experiment, table.path)
             if half_split == "experiments":
@@ -178,6 +182,27 @@ def usable_rows(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: values[usable] for name, values in rows.items()}
 
 
+def names_of_sums(tables: Sequence[ObservationTable]) -> tuple[str, ...]:
+    """What ``read_observations`` sums up."""
+    differ = len({error_model(table).a for table in tables}) > 1
+    return (*sums.SUMS, sums.COUNTING) if differ else sums.SUMS
+
+
+def asu_voxels(index: np.ndarray, laue_group: str) -> np.ndarray:
+    """The packed symmetry-unique voxel of each row, int64; fast where equal rows adjoin.
+
+    Args:
+        index: Voxel indices, shape (n, 3).
+        laue_group: Of the grid.
+    """
+    if len(index) == 0:
+        return np.empty(0, dtype=np.int64)
+    new = np.ones(len(index), dtype=bool)
+    new[1:] = np.any(index[1:] != index[:-1], axis=1)
+    unique = sums.pack(symmetry.map_to_asu(index[new], laue_group))
+    return unique[np.cumsum(new) - 1]
+
+
 class Scatter(NamedTuple):
     """Scatter beyond that of counting: a² (var + (b x I)²)."""
 
@@ -190,12 +215,16 @@ def error_model(table: ObservationTable) -> Scatter:
     return Scatter(*getattr(table, "error_model", ()))
 
 
-def _sums_of_rows(rows: Mapping[str, np.ndarray], b: float) -> dict[str, np.ndarray]:
+def _sums_of_rows(
+    rows: Mapping[str, np.ndarray], model: Scatter, a_max: float
+) -> dict[str, np.ndarray]:
     """The sums of each row, on the scale of the map.
 
     A scaled row obeys (N - B)/M = g I + b with the inverse scale factor g and the
     additive offset b. So M b is one more background, and g M the normalisation of I.
+    Variances are in units of the square of the largest a of the tables.
     """
+    ratio = (model.a / a_max) ** 2
     background, normalisation = rows["background.sum.value"], rows["normalisation"]
     if "additive_offset" in rows:
         background = background + normalisation * rows["additive_offset"]
@@ -204,8 +233,9 @@ def _sums_of_rows(rows: Mapping[str, np.ndarray], b: float) -> dict[str, np.ndar
     return {
         "counts": rows["counts"],
         "background": background,
-        "background_variance": rows["background.sum.variance"],
+        "background_variance": ratio * rows["background.sum.variance"],
         "normalisation": normalisation,
-        "fractional": (b * normalisation) ** 2,
+        "fractional": ratio * (model.b * normalisation) ** 2,
+        sums.COUNTING: ratio * normalisation,
         "n_pixels": rows["num_pixels.valid"],
     }

@@ -30,6 +30,10 @@ SUMS = (
     "n_pixels",
 )
 
+# Summed like these, but not stored: Σ r M, by which counts scatter more or less than those
+# of the table with the largest a of an error model, r = (a/a_max)².
+COUNTING = "counting"
+
 # Unique voxels that are handled at once.
 VOXELS_PER_BLOCK = 1 << 20
 
@@ -49,7 +53,8 @@ class Observations:
     Args:
         index: Voxel indices, int32, shape (n, 3), equal ones adjacent.
         experiment: Number of the experiment, shape (n,).
-        sums: Sum over the rows of the observation of each of ``SUMS``, shape (n,).
+        sums: Sum over the rows of the observation of each of ``SUMS``, and of
+            ``COUNTING`` where error models differ, shape (n,).
     """
 
     index: np.ndarray
@@ -82,14 +87,14 @@ def group_observations(
     Args:
         index: Voxel index of each row, shape (n, 3).
         experiment: Number of its experiment, shape (n,).
-        columns: Each of ``SUMS`` for each row.
+        columns: Each of ``SUMS``, and perhaps ``COUNTING``, for each row.
     """
     packed = pack(index)
     step = np.diff(packed)
     if np.any((step < 0) | ((step == 0) & (np.diff(experiment) < 0))):
         order = np.lexsort((experiment, packed))
         packed, experiment = packed[order], experiment[order]
-        columns = {name: columns[name][order] for name in SUMS}
+        columns = {name: values[order] for name, values in columns.items()}
     new = np.ones(len(packed), dtype=bool)
     new[1:] = (np.diff(packed) != 0) | (np.diff(experiment) != 0)
     group = np.cumsum(new) - 1
@@ -97,7 +102,7 @@ def group_observations(
         index=unpack(packed[new]),
         experiment=experiment[new],
         # bincount adds in the order of the rows, unlike the pairwise sums of reduceat.
-        sums={name: np.bincount(group, weights=columns[name]) for name in SUMS},
+        sums={name: np.bincount(group, weights=x) for name, x in columns.items()},
     )
 
 
@@ -205,15 +210,17 @@ class Accumulator:
     Args:
         start: First voxel of the range, by its place in the list of unique voxels.
         stop: One beyond the last voxel.
+        names: What is summed.
 
     Attributes:
-        sums: Each of ``SUMS``, and ``n_obs``, float64 or int64, shape
+        sums: Each of the names, and ``n_obs``, float64 or int64, shape
             (2, stop - start): one row for each half.
     """
 
-    def __init__(self, start: int, stop: int) -> None:
+    def __init__(self, start: int, stop: int, names: Sequence[str] = SUMS) -> None:
         self.start, self.stop = start, stop
-        dtypes = dict.fromkeys(SUMS, np.float64)
+        self.names = tuple(names)
+        dtypes = dict.fromkeys(self.names, np.float64)
         dtypes.update(n_pixels=np.int64, n_obs=np.int64)
         self.sums = {
             name: np.zeros((2, stop - start), dtype) for name, dtype in dtypes.items()
@@ -234,7 +241,7 @@ class Accumulator:
         """
         mine = (number >= self.start) & (number < self.stop)
         place = half[mine] * (self.stop - self.start) + number[mine] - self.start
-        for name in SUMS:
+        for name in self.names:
             # In the order of the observations, so that slabs leave no trace.
             total = self.sums[name].reshape(-1)
             values = observations.sums[name][mine].astype(total.dtype, copy=False)

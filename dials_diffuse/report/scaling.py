@@ -27,8 +27,8 @@ from dxtbx.model.experiment_list import ExperimentList
 from dials.util.version import dials_version
 from dials_diffuse import __version__
 from dials_diffuse.merging import sums
-from dials_diffuse.report.extraction import ImageAxis
 from dials_diffuse.report.extraction_record import finite
+from dials_diffuse.report.image_axis import ImageAxis
 from dials_diffuse.scaling.axes import DecayAxis, SmoothAxis, StepAxis
 from dials_diffuse.scaling.block import RowReader, read_block
 from dials_diffuse.scaling.components import JointComponent
@@ -40,12 +40,12 @@ from dials_diffuse.scaling.error_model import (
     normal_probability,
     residuals,
 )
-from dials_diffuse.scaling.initial import add_up_pairs, relative_scales
 from dials_diffuse.scaling.layout import Layout, Owner
 from dials_diffuse.scaling.model import plot_component
 from dials_diffuse.scaling.refinement import Refiner
-from dials_diffuse.scaling.scale import Scaling
-from dials_diffuse.scaling.selection import agreement, gains
+from dials_diffuse.scaling.result import Scaling
+from dials_diffuse.scaling.selection import Gain, agreement, gains
+from dials_diffuse.scaling.start import start_scales
 
 MOST_RANGES = 180  # of images of all sweeps together
 LEAST_RANGES = 8  # of each sweep
@@ -195,7 +195,7 @@ def read_cells(
     own = RowReader(
         reader.tables, reader.numbers, reader.finder, layouts, reader.excluded
     )
-    single = refiner.given is not None
+    single = refiner.reference is not None
     block = read_block(own, scaling.step, single=single, description="Report")
     first = len(refiner.block.voxel) - len(block.voxel)
     assert np.array_equal(block.voxel, refiner.block.voxel[first:])
@@ -298,17 +298,10 @@ class Observations:
 
 def initial_scales(scaling: Scaling) -> np.ndarray:
     """Scale of each experiment from the ratio of counts in common voxels."""
-    refiner, n = scaling.refiner, len(scaling.extents)
-    if "scale" not in scaling.components or refiner.given is not None:
+    n = len(scaling.extents)
+    if "scale" not in scaling.components:
         return np.ones(n)
-    block = refiner.block
-    pairs = add_up_pairs(
-        block.group,
-        block.experiment,
-        refiner.photons.astype(float),
-        block.normalisation.astype(float),
-    )
-    scale = relative_scales(pairs, n).scale
+    scale = start_scales(scaling.refiner, n).scale[:n]
     return np.where(scale > 0, scale, 1.0)
 
 
@@ -348,6 +341,7 @@ def scaling_record(
     scaling: Scaling,
     warnings: Sequence[str] = (),
     inputs: Sequence[str] = (),
+    contributions: Mapping[str, Gain] | None = None,
 ) -> dict[str, Any]:
     """All figures of the report, for JSON: lists, numbers and texts, None for no number.
 
@@ -357,6 +351,7 @@ def scaling_record(
         scaling: The result.
         warnings: What the user was warned of.
         inputs: Names of the files.
+        contributions: What each term contributes; found here if it is not given.
     """
     record: dict[str, Any] = {
         "inputs": list(inputs),
@@ -377,9 +372,11 @@ def scaling_record(
         record.update(_refined_record(experiments, reader, scaling, rows))
         points = normal_probability(*rows.columns, model, ~rows.used)
         record["error_model"]["normal_probability"] = points._asdict()
+        if contributions is None:
+            contributions = gains(scaling.refiner, len(experiments))
         record["contributions"] = [
             {"without": name, "chi_square": gain.chi_square, "cc": gain.cc}
-            for name, gain in gains(scaling.refiner, len(experiments)).items()
+            for name, gain in contributions.items()
         ]
     return finite(record)
 
@@ -424,7 +421,7 @@ def _refined_record(
             "n_voxels": len(rows.voxel),
             "n_bragg_peaks": n_peaks,
             "one_voxel_in": scaling.step,
-            "reference": refiner.given is not None,
+            "reference": refiner.reference is not None,
             **{name: values[0] for name, values in total.items()},
         },
         "images": {
@@ -438,6 +435,8 @@ def _refined_record(
         "experiments": {
             "scale": scaling.experiment_scales(),
             "is_still": [extent.is_still for extent in extents],
+            "n_observations": scaling.n_observations,
+            "scale_from": [source.value for source in scaling.source],
             **_agreement(refiner, refiner.block.experiment, len(extents)),
         },
         "resolution": resolution,

@@ -8,9 +8,10 @@ one, range of voxels by range of voxels.
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
@@ -25,13 +26,15 @@ from dials_diffuse.scaling.block import (
     RowReader,
     Rows,
 )
-from dials_diffuse.scaling.coordinates import COLUMNS
 from dials_diffuse.scaling.outliers import find_outliers
-from dials_diffuse.scaling.scale import Scaling
+from dials_diffuse.scaling.result import Scaling
 from dials_diffuse.scaling.terms import TERMS, Role
 from dials_diffuse.util.signals import progress_bar
 
+logger = logging.getLogger("dials.diffuse.scale")
+
 ROWS_PER_PORTION = 5_000_000
+MAX_NAMES = 10  # of experiments in the log
 
 RECORD = np.dtype(
     [
@@ -231,13 +234,7 @@ def _scale(
     names = [name for name in SCALED_COLUMNS if name in table.columns]
     rows = table.read(start, stop, names)
     experiment = lookup(reader.numbers[number], rows["id"], table.path)
-    coordinates = reader.finder.find(
-        experiment, {name: rows[name] for name in COLUMNS}, reader.names
-    )
-    cells = {
-        name: layout.cell(experiment, coordinates)
-        for name, layout in reader.layouts.items()
-    }
+    cells = reader.cells(experiment, rows)
     factor, offset = finder.find(cells, len(experiment))
     rows["inverse_scale_factor"], rows["additive_offset"] = factor, offset
     rows["id"] = experiment.astype(np.int32)
@@ -250,10 +247,51 @@ def _scale(
     return rows
 
 
-def count(rows: Iterator[dict[str, np.ndarray]], use: Callable[[Any], None]) -> int:
-    """Hand all rows on; returns the number of outliers among them."""
-    n_outliers = 0
+class Counts(NamedTuple):
+    """Numbers of rows of each experiment, shape (n_experiments,).
+
+    Args:
+        all: All of them.
+        outliers: Outliers.
+        excluded: Of images that are left out.
+    """
+
+    all: np.ndarray
+    outliers: np.ndarray
+    excluded: np.ndarray
+
+    def log(self) -> None:
+        """How many observations are outliers, and how many are left out."""
+        n, n_outliers = int(self.all.sum()), int(self.outliers.sum())
+        share = 100 * n_outliers / max(n, 1)
+        logger.info("%d of %d observations are outliers (%.3f%%)", n_outliers, n, share)
+        concerned = np.flatnonzero(self.excluded)
+        for number in concerned[:MAX_NAMES]:
+            logger.info(
+                "%d of %d observations of experiment %d are of images left out",
+                self.excluded[number],
+                self.all[number],
+                number,
+            )
+        if len(concerned) > MAX_NAMES:
+            logger.info(
+                "and %d observations of %d further experiments",
+                self.excluded[concerned[MAX_NAMES:]].sum(),
+                len(concerned) - MAX_NAMES,
+            )
+
+
+def count(
+    rows: Iterator[dict[str, np.ndarray]],
+    use: Callable[[Any], None],
+    n_experiments: int,
+) -> Counts:
+    """Hand all rows on, and count them."""
+    counts = Counts(*np.zeros((3, n_experiments), dtype=np.int64))
     for part in rows:
-        n_outliers += int(np.count_nonzero(part["flags"] & OUTLIER))
+        flags = part["flags"]
+        chosen = (slice(None), (flags & OUTLIER) != 0, (flags & EXCLUDED) != 0)
+        for total, mine in zip(counts, chosen):
+            total += np.bincount(part["id"][mine], minlength=n_experiments)
         use(part)
-    return n_outliers
+    return counts

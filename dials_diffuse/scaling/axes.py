@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import abc
 import math
-from typing import Any, ClassVar, Mapping
+from typing import Any, ClassVar, Mapping, Sequence
 
 import numpy as np
 from scipy import sparse
@@ -71,7 +71,27 @@ class Axis(abc.ABC):
         return hash(tuple(self.as_dict().items()))
 
 
-class SmoothAxis(Axis):
+class RangeAxis(Axis):
+    """An axis with cells of equal width between two limits.
+
+    Attributes:
+        low: Lower limit of the coordinate.
+        high: Upper limit.
+    """
+
+    low: float
+    high: float
+
+    def cell(self, x: np.ndarray) -> np.ndarray:
+        place = (np.asarray(x) - self.low) * (self.n_cells / (self.high - self.low))
+        return np.clip(place, 0, self.n_cells - 1).astype(np.int32)
+
+    def centres(self) -> np.ndarray:
+        width = (self.high - self.low) / self.n_cells
+        return self.low + width * (np.arange(self.n_cells) + 0.5)
+
+
+class SmoothAxis(RangeAxis):
     """Knots at equal distances with the Gaussian smoother of DIALS between them.
 
     Args:
@@ -127,14 +147,6 @@ class SmoothAxis(Axis):
             return sparse.csr_matrix((0, self.n_params))
         return sparse.vstack(parts, format="csr")[:n]
 
-    def cell(self, x: np.ndarray) -> np.ndarray:
-        place = (np.asarray(x) - self.low) * (self.n_cells / (self.high - self.low))
-        return np.clip(place, 0, self.n_cells - 1).astype(np.int32)
-
-    def centres(self) -> np.ndarray:
-        width = (self.high - self.low) / self.n_cells
-        return self.low + width * (np.arange(self.n_cells) + 0.5)
-
     def differences(self) -> sparse.csr_matrix:
         n = self.n_params
         if n < 3:
@@ -187,7 +199,7 @@ class StepAxis(Axis):
         return {"kind": self.kind, "coordinate": self.coordinate, "n": self.n_cells}
 
 
-class DecayAxis(Axis):
+class DecayAxis(RangeAxis):
     """One parameter B with the weight (s² - s₀²)/2, so that its factor is exp(B s²/2).
 
     The sign is that of the relative B of DIALS' own models. The centre s₀² keeps B
@@ -211,20 +223,30 @@ class DecayAxis(Axis):
         centre = 0.6 * (self.high**5 - self.low**5) / (self.high**3 - self.low**3)
         return sparse.csr_matrix(((np.asarray(x) ** 2 - centre) / 2)[:, None])
 
-    def cell(self, x: np.ndarray) -> np.ndarray:
-        place = (np.asarray(x) - self.low) * (self.n_cells / (self.high - self.low))
-        return np.clip(place, 0, self.n_cells - 1).astype(np.int32)
-
-    def centres(self) -> np.ndarray:
-        width = (self.high - self.low) / self.n_cells
-        return self.low + width * (np.arange(self.n_cells) + 0.5)
-
     @property
     def is_partition(self) -> bool:
         return False
 
     def as_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, "low": self.low, "high": self.high}
+
+
+def differences_along(axes: Sequence[Axis]) -> sparse.csr_matrix:
+    """Second differences of parameters of shape (n_1, n_2, ...) along all axes.
+
+    Returns:
+        A row for each, shape (n, n_1 n_2 ...).
+    """
+    parts = []
+    for i in range(len(axes)):
+        product: sparse.spmatrix = sparse.identity(1)
+        for j, axis in enumerate(axes):
+            own = axis.differences() if i == j else sparse.identity(axis.n_params)
+            product = sparse.kron(product, own, format="csr")
+        parts.append(product)
+    if not parts:
+        return sparse.csr_matrix((0, 1))
+    return sparse.vstack(parts, format="csr")
 
 
 def axis_from_dict(values: Mapping[str, Any]) -> Axis:

@@ -1,7 +1,10 @@
 """The observations of a choice of symmetry-unique voxels, lean and sorted by voxel.
 
-Refinement needs no more than these: photons, normalisation, variance and the cell of each
-term, 16 bytes and 4 for each term a row. All observations of a voxel are in or none is,
+Refinement needs no more than these. The block holds 20 bytes and 4 for each term a row:
+experiment, counts, background, variance, normalisation and cells. The refinement adds the
+photons, weights and flags of use, 9 bytes a row; the sums in C++ share all these arrays.
+While a block is read, it is in memory twice, unsorted too, and with 16 more bytes a row for
+voxels and places in the tables. All observations of a voxel are in or none is,
 and the choice, by a hash of the voxel, depends on nothing but the number asked for.
 Voxels with a single observation say nothing about scales and are left out.
 """
@@ -15,11 +18,11 @@ from typing import Iterator, Mapping, NamedTuple, Sequence
 import numpy as np
 
 from dials.array_family import flex
-from dials_diffuse import symmetry
 from dials_diffuse.merging import sums
 from dials_diffuse.merging.observations import (
     ROWS_PER_SLAB,
     ObservationTable,
+    asu_voxels,
     lookup,
     usable_rows,
 )
@@ -179,7 +182,7 @@ class RowReader:
         if "flags" in rows:  # what an earlier scaling has flagged is judged anew
             rows["flags"] = rows["flags"].astype(np.uint64) & ~OF_SCALING
         rows = usable_rows(rows)
-        voxel = self._voxels(rows["miller_index"], table)
+        voxel = asu_voxels(rows["miller_index"], table.grid.laue_group)
         chosen = np.ones(len(voxel), dtype=bool)
         if step > 1:
             hashes = sums.mix_bits(voxel.view(np.uint64))
@@ -189,7 +192,6 @@ class RowReader:
         if not chosen.all():
             rows = {name: values[chosen] for name, values in rows.items()}
             voxel, experiment = voxel[chosen], experiment[chosen]
-        coordinates = self.finder.find(experiment, rows, self.names)
         return Rows(
             voxel=voxel,
             experiment=experiment.astype(np.int32),
@@ -197,12 +199,24 @@ class RowReader:
             background=rows["background.sum.value"].astype(np.float32),
             variance=rows["background.sum.variance"].astype(np.float32),
             normalisation=rows["normalisation"].astype(np.float32),
-            cells={
-                name: layout.cell(experiment, coordinates)
-                for name, layout in self.layouts.items()
-            },
+            cells=self.cells(experiment, rows),
             number=rows["number"],
         )
+
+    def cells(
+        self, experiment: np.ndarray, columns: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """The cell of each row in each term, int32.
+
+        Args:
+            experiment: Number of the experiment of each row.
+            columns: ``coordinates.COLUMNS`` of the rows.
+        """
+        coordinates = self.finder.find(experiment, columns, self.names)
+        return {
+            name: layout.cell(experiment, coordinates)
+            for name, layout in self.layouts.items()
+        }
 
     def is_excluded(self, experiment: np.ndarray, frame: np.ndarray) -> np.ndarray:
         """Whether each observation is of an image that is left out."""
@@ -214,16 +228,6 @@ class RowReader:
                 & (frame < images.stop)
             )
         return result
-
-    @staticmethod
-    def _voxels(index: np.ndarray, table: ObservationTable) -> np.ndarray:
-        """The packed symmetry-unique voxel of each row; rows are sorted by voxel."""
-        if len(index) == 0:
-            return np.empty(0, dtype=np.int64)
-        new = np.ones(len(index), dtype=bool)
-        new[1:] = np.any(index[1:] != index[:-1], axis=1)
-        unique = sums.pack(symmetry.map_to_asu(index[new], table.grid.laue_group))
-        return unique[np.cumsum(new) - 1]
 
 
 def sort_rows(parts: list[Rows], single: bool = False) -> ObservationBlock:

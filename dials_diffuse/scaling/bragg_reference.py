@@ -15,10 +15,8 @@ from dxtbx import flumpy
 from dxtbx.model import Experiment
 
 from dials.array_family import flex
-from dials_diffuse import symmetry
 from dials_diffuse.grid import Grid
-from dials_diffuse.merging import sums
-from dials_diffuse.merging.observations import lookup
+from dials_diffuse.merging.observations import asu_voxels, lookup
 from dials_diffuse.scaling.block import RowReader, Rows
 from dials_diffuse.scaling.terms import TERMS, Role
 from dials_diffuse.util.compat import miller_index_to_numpy
@@ -107,25 +105,25 @@ def _as_rows(
 ) -> Rows:
     n = len(table)
     hkl = miller_index_to_numpy(table["miller_index"])
+    index = hkl * np.array(grid.ndiv, dtype=np.int32)
     xyz = np.array(table["xyzobs.px.value"]).reshape(n, 3)
     columns = {
         "panel": flumpy.to_numpy(table["panel"]),
         "xyzobs.px.value": xyz,
-        "d": 1 / np.maximum(grid.s(hkl * np.array(grid.ndiv, dtype=np.int32)), 1e-9),
+        "d": 1 / np.maximum(grid.s(index), 1e-9),
     }
-    coordinates = reader.finder.find(experiment, columns, reader.names)
-    cells = {}
-    for name, layout in reader.layouts.items():
-        cells[name] = layout.cell(experiment, coordinates)
+    cells = reader.cells(experiment, columns)
+    for name in cells:
         if TERMS[name].role is Role.ADDITIVE:
             cells[name] = np.zeros_like(cells[name])  # the cell without a term
     value = flumpy.to_numpy(table["intensity.sum.value"])
     variance = flumpy.to_numpy(table["intensity.sum.variance"])
     norm = PRECISE * np.abs(value) / variance + 1 / np.sqrt(variance)
-    unique = symmetry.map_to_asu(hkl, grid.laue_group) * np.array(grid.ndiv)
     keep = ~reader.is_excluded(experiment, xyz[:, 2])
     return Rows(
-        voxel=~sums.pack(unique)[keep],  # negative: beside those of the voxels
+        voxel=~asu_voxels(index, grid.laue_group)[
+            keep
+        ],  # negative: beside those of the voxels
         experiment=experiment[keep].astype(np.int32),
         counts=(value * norm)[keep].astype(np.float32),
         background=np.zeros(keep.sum(), np.float32),

@@ -25,7 +25,7 @@ from dials.algorithms.scaling.model.components.scale_components import (
     ScaleComponentBase,
 )
 from dials.array_family import flex
-from dials_diffuse.scaling.axes import Axis, axis_from_dict
+from dials_diffuse.scaling.axes import Axis, axis_from_dict, differences_along
 from dials_diffuse.scaling.layout import Layout
 from dials_scaling_ext import row_multiply
 
@@ -169,20 +169,7 @@ class TermComponent(DiffuseComponent):
         return tuple(axis.n_params for axis in self.axes)
 
     def difference_matrix(self) -> scipy_sparse.csr_matrix:
-        parts = []
-        for i in range(len(self.axes)):
-            product: scipy_sparse.spmatrix = scipy_sparse.identity(1)
-            for j, axis in enumerate(self.axes):
-                own = (
-                    axis.differences()
-                    if i == j
-                    else scipy_sparse.identity(axis.n_params)
-                )
-                product = scipy_sparse.kron(product, own, format="csr")
-            parts.append(product)
-        if not parts:
-            return scipy_sparse.csr_matrix((0, self.n_params))
-        return scipy_sparse.vstack(parts, format="csr")
+        return differences_along(self.axes)
 
     def _restraint_root(self) -> np.ndarray:
         """Upper triangular U, so that the restraints of a factor are |U p|²."""

@@ -14,7 +14,8 @@ u and v do not depend on how a detector is cut into panels, or on its distance.
 from __future__ import annotations
 
 import dataclasses
-from typing import Mapping, Sequence
+import json
+from typing import Mapping, NamedTuple, Sequence
 
 import numpy as np
 
@@ -88,6 +89,45 @@ def directions_of(panel: Panel, fraction: np.ndarray) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
+class View(NamedTuple):
+    """A detector as seen along a beam.
+
+    Args:
+        number: Of the detector among those that differ.
+        detector: The detector.
+        beam: Unit vector of the incident beam.
+    """
+
+    number: int
+    detector: Detector
+    beam: tuple[float, float, float]
+
+
+def find_views(experiments: Sequence[Experiment]) -> tuple[list[View], list[int]]:
+    """The views that differ, and the place of that of each experiment among them.
+
+    Most experiments share both models with the one before. Detectors of the same numbers,
+    read from different files, are the same.
+    """
+    detectors: dict[str, int] = {}
+    views: dict[tuple[int, tuple[float, float, float]], int] = {}
+    models, places = [], []
+    last: Detector | None = None
+    number = -1
+    for experiment in experiments:
+        detector = experiment.detector
+        if last is None or not (detector is last or detector == last):
+            key = json.dumps(detector.to_dict(), sort_keys=True)
+            number = detectors.setdefault(key, len(detectors))
+            last = detector
+        beam = tuple(experiment.beam.get_unit_s0())
+        place = views.setdefault((number, beam), len(views))
+        if place == len(models):
+            models.append(View(number, detector, beam))
+        places.append(place)
+    return models, places
+
+
 def find_extents(
     experiments: Sequence[Experiment], s: tuple[float, float]
 ) -> list[Extent]:
@@ -97,39 +137,35 @@ def find_extents(
         experiments: The experiments.
         s: Range of 1/d of the observations, Å⁻¹.
     """
-    detectors: list[Detector] = []
-    ranges: list[np.ndarray] = []
+    views, places = find_views(experiments)
+    ranges = [_range_of_directions(view) for view in views]
     result = []
-    for number, experiment in enumerate(experiments):
-        detector = experiment.detector
-        for place, known in enumerate(detectors):
-            if known is detector or known == detector:
-                break
-        else:
-            place = len(detectors)
-            detectors.append(detector)
-            beam = experiment.beam.get_unit_s0()
-            corners = np.concatenate(
-                [project(directions_of(panel, CORNERS), beam) for panel in detector]
-            )
-            ranges.append(np.stack([corners.min(axis=0), corners.max(axis=0)]))
-        (u_low, v_low), (u_high, v_high) = ranges[place]
-        width = oscillation_width(experiment.scan)
-        still = not width
+    for number, (experiment, place) in enumerate(zip(experiments, places)):
+        still = not oscillation_width(experiment.scan)
         phi = (0.0, 0.0) if still else experiment.scan.get_oscillation_range()
+        u, v = ranges[place]
         result.append(
             Extent(
                 number=number,
                 is_still=still,
                 phi=(min(phi), max(phi)),
                 s=s,
-                detector=place,
-                n_panels=len(detector),
-                u=(float(u_low), float(u_high)),
-                v=(float(v_low), float(v_high)),
+                detector=views[place].number,
+                n_panels=len(experiment.detector),
+                u=u,
+                v=v,
             )
         )
     return result
+
+
+def _range_of_directions(view: View) -> list[tuple[float, float]]:
+    """The ranges of u and v on a detector."""
+    corners = np.concatenate(
+        [project(directions_of(panel, CORNERS), view.beam) for panel in view.detector]
+    )
+    low, high = corners.min(axis=0).tolist(), corners.max(axis=0).tolist()
+    return list(zip(low, high))
 
 
 class CoordinateFinder:
@@ -143,13 +179,11 @@ class CoordinateFinder:
     def __init__(
         self, experiments: Sequence[Experiment], extents: Sequence[Extent]
     ) -> None:
-        self._detector = np.array([extent.detector for extent in extents])
-        self._models = {}
+        self._views, places = find_views(experiments)
+        self._view = np.array(places)
+        self._n_panels = np.array([extent.n_panels for extent in extents])
         start, width = np.zeros(len(extents)), np.zeros(len(extents))
         for i, (experiment, extent) in enumerate(zip(experiments, extents)):
-            self._models.setdefault(
-                extent.detector, (experiment.detector, experiment.beam.get_unit_s0())
-            )
             if not extent.is_still:
                 phi0, width[i] = experiment.scan.get_oscillation()
                 start[i] = phi0 - width[i] * experiment.scan.get_array_range()[0]
@@ -167,9 +201,13 @@ class CoordinateFinder:
             experiment: Number of the experiment of each observation, shape (n,).
             columns: ``COLUMNS`` of the observations.
             names: Names of the coordinates.
+
+        Raises:
+            ValueError: An observation is on a panel that its detector does not have.
         """
         result: dict[str, np.ndarray] = {}
         panel = columns["panel"].astype(np.int64)
+        self._check_panels(experiment, panel)
         xyz = columns["xyzobs.px.value"]
         if "phi" in names:
             result["phi"] = (
@@ -185,16 +223,28 @@ class CoordinateFinder:
             result.update((name, places[name]) for name in names & set(places))
         return result
 
+    def _check_panels(self, experiment: np.ndarray, panel: np.ndarray) -> None:
+        unknown = np.flatnonzero(panel >= self._n_panels[experiment])
+        if len(unknown):
+            number = int(np.asarray(experiment)[unknown[0]])
+            raise ValueError(
+                f"observations of experiment {number} are on panel {panel[unknown[0]]}, "
+                f"but its detector has {self._n_panels[number]} panels: give the "
+                "experiments that the observations were extracted with"
+            )
+
     def _places(
         self, experiment: np.ndarray, panel: np.ndarray, xy: np.ndarray, names: set[str]
     ) -> dict[str, np.ndarray]:
         fraction, plane = np.empty(xy.shape), np.empty(xy.shape)
-        detector = self._detector[experiment]
-        key = detector * (panel.max(initial=0) + 1) + panel
-        for value in np.unique(key):
-            mine = np.flatnonzero(key == value)
-            model, beam = self._models[detector[mine[0]]]
-            own = model[int(panel[mine[0]])]
+        view = self._view[experiment]
+        key = view * (panel.max(initial=0) + 1) + panel
+        order = np.argsort(key, kind="stable")
+        for mine in np.split(order, np.flatnonzero(np.diff(key[order])) + 1):
+            if len(mine) == 0:
+                continue
+            _, detector, beam = self._views[view[mine[0]]]
+            own = detector[int(panel[mine[0]])]
             fraction[mine] = xy[mine] / own.get_image_size()
             if names & {"u", "v"}:
                 plane[mine] = project(directions_of(own, fraction[mine]), beam)

@@ -4,11 +4,11 @@ Only differences between the observations of one voxel say anything about scales
 of them have in common goes into its intensity. Random parameters p, each with the variance
 1, change the expected photons of row i by t_i. The part of it that I cannot take up,
 
-    q = Σ w t²  -  Σ_voxels (Σ w x t)² / Σ w x²
+    q = Σ w t²  -  Σ_voxels (Σ w x t)² / (Σ w x² + v)
 
-is on average the trace of the matrix of second derivatives (Hutchinson 1990,
-https://doi.org/10.1080/03610919008812866), so the n parameters that have observations
-have a standard error of about sqrt(n/q) each. A sweep of 10° with few equivalents has
+with the weight v that a reference map has in the voxel, is on average the trace of the
+matrix of second derivatives (Hutchinson 1990, https://doi.org/10.1080/03610919008812866),
+so the n parameters that have observations have a standard error of about sqrt(n/q) each. A sweep of 10° with few equivalents has
 millions of observations of voxels on neighbouring images, and yet determines no surface:
 t is nearly the same for all rows of a voxel.
 """
@@ -43,7 +43,7 @@ def standard_error(refiner: Refiner, name: str) -> float:
     response, _ = refiner.responses()
     start = refiner.block.start[:-1]
     wx = refiner.weight * response.astype(np.float64)
-    norm = np.add.reduceat(wx * response, start)
+    norm = np.add.reduceat(wx * response, start) + refiner.reference_weight
     rng = np.random.default_rng(SEED)
     information = []
     for _ in range(N_PROBES):
@@ -51,8 +51,6 @@ def standard_error(refiner: Refiner, name: str) -> float:
         change = slope * component.layout.values(probe)[cells]
         common = np.add.reduceat(wx * change, start)
         taken = np.divide(common**2, norm, out=np.zeros_like(norm), where=norm > 0)
-        if refiner.given is not None:
-            taken[~np.isnan(refiner.given)] = 0
         information.append(np.sum(refiner.weight * change**2) - np.sum(taken))
     mean = float(np.mean(information))
     return float(np.sqrt(n_seen / mean)) if mean > 0 else np.inf

@@ -293,6 +293,7 @@ def refine_error_model(
     variance: np.ndarray,
     start: np.ndarray,
     outliers: np.ndarray | None = None,
+    warn: bool = True,
 ) -> ErrorModel:
     """The model by which the squares of deviations are on average what they should be.
 
@@ -302,17 +303,19 @@ def refine_error_model(
     square of the rest is corrected for their loss, so that it makes no difference whether
     outliers have been rejected before. b is zero unless b² exceeds 3 standard errors.
 
-    Args: as those of ``collect_residuals``.
+    Args: as those of ``collect_residuals``, and
+        warn: Whether to warn of too few rows and too little scatter.
 
     Returns:
-        The model; a = 1 and b = 0, with a warning, if there are too few rows.
+        The model; a = 1 and b = 0 if there are too few rows.
     """
     found = collect_residuals(counts, response, base, variance, start, outliers)
     # Where no count is, there is nothing to scatter.
     counted = np.clip(found.counting / found.counting_scale, 0, 1)
     degrees = float(np.sum((1 - found.leverage) * counted))
     if degrees < MIN_DEGREES:
-        logger.warning(
+        logger.log(
+            logging.WARNING if warn else logging.DEBUG,
             "Warning: the error model cannot be refined: only %d observations of voxels "
             "seen several times, of %d in all; sigmas stay those of counting",
             len(found.leverage),
@@ -321,7 +324,8 @@ def refine_error_model(
         return ErrorModel()
     model = fit_error_model(found)
     if model.a <= MIN_A:
-        logger.warning(
+        logger.log(
+            logging.WARNING if warn else logging.DEBUG,
             "Warning: counts scatter less than Poisson counts by more than a factor of "
             "%g: the gain of the detector may be wrong",
             MIN_A,

@@ -24,12 +24,12 @@ from scipy import optimize, sparse
 from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import LinearOperator
 
-from dials_diffuse import symmetry
 from dials_diffuse.io.observations import ObservationFile
 from dials_diffuse.merging import sums
 from dials_diffuse.merging.observations import (
     ROWS_PER_SLAB,
     ObservationTable,
+    asu_voxels,
     lookup,
     usable_rows,
 )
@@ -288,12 +288,8 @@ def collect_pairs(
                 continue
             experiment = lookup(number, rows["id"], table.path)
             n_rows += np.bincount(experiment, minlength=len(n_rows))
-            index = rows["miller_index"]
-            new = np.ones(len(index), dtype=bool)
-            new[1:] = np.any(index[1:] != index[:-1], axis=1)
-            asu = symmetry.map_to_asu(index[new], table.grid.laue_group)
-            packed, inverse = np.unique(sums.pack(asu), return_inverse=True)
-            voxel = inverse[np.cumsum(new) - 1]
+            unique = asu_voxels(rows["miller_index"], table.grid.laue_group)
+            packed, voxel = np.unique(unique, return_inverse=True)
             photons = rows["counts"] - rows["background.sum.value"]
             columns = (voxel, experiment, photons, rows["normalisation"])
             if step > 1:

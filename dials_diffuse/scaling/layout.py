@@ -14,7 +14,7 @@ from typing import Hashable, Mapping, NamedTuple, Sequence
 import numpy as np
 from scipy import sparse
 
-from dials_diffuse.scaling.axes import Axis
+from dials_diffuse.scaling.axes import Axis, differences_along
 
 
 class Owner(NamedTuple):
@@ -162,23 +162,25 @@ class Layout:
 
     def differences(self) -> sparse.csr_matrix:
         """Second differences along all smooth axes, a row for each."""
-        parts = []
-        for block in self.blocks:
-            own = []
-            for i, axis in enumerate(block.axes):
-                matrices = [sparse.identity(n) for n in block.parameter_shape]
-                matrices[i] = axis.differences()
-                product: sparse.spmatrix = sparse.identity(block.n_owners)
-                for matrix in matrices:
-                    product = sparse.kron(product, matrix, format="csr")
-                own.append(product)
-            n = block.n_owners * block.n_params
-            parts.append(
-                sparse.vstack(own, format="csr") if own else sparse.csr_matrix((0, n))
+        parts = [
+            sparse.kron(
+                sparse.identity(block.n_owners),
+                differences_along(block.axes),
+                format="csr",
             )
+            for block in self.blocks
+        ]
         if not parts:
             return sparse.csr_matrix((0, self.n_params))
         return sparse.block_diag(parts, format="csr")
+
+    def cells_of(self, number: int) -> slice:
+        """The cells of an experiment."""
+        if self.block[number] < 0:
+            return slice(0, 1)
+        block = self.blocks[self.block[number]]
+        start = block.first_cell + int(self.place[number]) * block.n_cells
+        return slice(start, start + block.n_cells)
 
     def of_experiment(self, number: int) -> tuple[tuple[Axis, ...], slice] | None:
         """Axes of the term for an experiment, and where its parameters are."""

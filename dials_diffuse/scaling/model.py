@@ -302,22 +302,8 @@ def _plot_images(
     data = []
     for i, (image, title) in enumerate(zip(values, titles)):
         suffix = str(i + 1) if i else ""
-        left, bottom, width, height = _place(i, len(values))
-        layout["xaxis" + suffix] = {
-            "domain": [left, left + width],
-            "anchor": "y" + suffix,
-            "title": {
-                "text": _axis_title(across.coordinate) if bottom < 0.3 else "",
-            },
-        }
-        layout["yaxis" + suffix] = {
-            "domain": [bottom, bottom + height],
-            "anchor": "x" + suffix,
-            "title": {"text": _axis_title(down.coordinate) if left == 0 else ""},
-            "showticklabels": left == 0,
-        }
-        if down.coordinate in ("slow", "v"):
-            layout["yaxis" + suffix]["autorange"] = "reversed"
+        place = _place(i, len(values))
+        layout.update(_axes_of_image(across, down, place, suffix))
         data.append(
             {
                 "x": across.centres().tolist(),
@@ -330,19 +316,46 @@ def _plot_images(
             }
         )
         if title:
-            layout["annotations"].append(
-                {
-                    "text": title,
-                    "x": left + width / 2,
-                    "y": bottom + height,
-                    "xref": "paper",
-                    "yref": "paper",
-                    "xanchor": "center",
-                    "yanchor": "bottom",
-                    "showarrow": False,
-                }
-            )
+            layout["annotations"].append(_title_above(title, place))
     return {"data": data, "layout": layout}
+
+
+def _axes_of_image(
+    across: Axis, down: Axis, place: tuple[float, float, float, float], suffix: str
+) -> dict[str, Any]:
+    """The axes of one of several images, titled at the border of the plot only."""
+    left, bottom, width, height = place
+    x = {
+        "domain": [left, left + width],
+        "anchor": "y" + suffix,
+        "title": {"text": _axis_title(across.coordinate) if bottom < 0.3 else ""},
+    }
+    y = {
+        "domain": [bottom, bottom + height],
+        "anchor": "x" + suffix,
+        "title": {"text": _axis_title(down.coordinate) if left == 0 else ""},
+        "showticklabels": left == 0,
+    }
+    if down.coordinate in ("slow", "v"):
+        y["autorange"] = "reversed"
+    return {"xaxis" + suffix: x, "yaxis" + suffix: y}
+
+
+def _title_above(
+    title: str, place: tuple[float, float, float, float]
+) -> dict[str, Any]:
+    """The title of one of several images."""
+    left, bottom, width, height = place
+    return {
+        "text": title,
+        "x": left + width / 2,
+        "y": bottom + height,
+        "xref": "paper",
+        "yref": "paper",
+        "xanchor": "center",
+        "yanchor": "bottom",
+        "showarrow": False,
+    }
 
 
 def _place(i: int, n: int) -> tuple[float, float, float, float]:

@@ -10,7 +10,7 @@ from dxtbx import flumpy
 
 from dials_diffuse.scaling.components import TermComponent
 from dials_diffuse.scaling.model import DiffuseScalingModel
-from dials_diffuse.scaling.scale import Scaling
+from dials_diffuse.scaling.result import Scaling
 
 
 def scaling_models(scaling: Scaling) -> list[DiffuseScalingModel | None]:

@@ -2,9 +2,10 @@
 
 The functional is Σ w (n - m a (b I + c))² over the observations of a block, with the
 photons n less background, plus the restraints of the components. I is the least-squares
-intensity of each voxel for the current model. The weights are the inverse of the
-variances that the *model* expects, and stay the same during a minimisation: those from
-the counts themselves would draw every mean down.
+intensity of each voxel for the current model; a reference map is one more observation of
+its voxels (``reference``). The weights are the inverse of the variances that the *model*
+expects, and stay the same during a minimisation: those from the counts themselves would
+draw every mean down.
 
 Components, restraints, parameter manager and minimiser are those of DIALS; instead of its
 ``IhTable`` there is a block of 16 bytes and some a row, and a loop in C++ over it.
@@ -31,6 +32,7 @@ from dials_diffuse.grid import Grid
 from dials_diffuse.merging import estimate, sums
 from dials_diffuse.scaling.block import ObservationBlock
 from dials_diffuse.scaling.components import JointComponent
+from dials_diffuse.scaling.reference import Reference
 from dials_diffuse.scaling.terms import TERMS
 from dials_diffuse_ext import ScalingBlock
 
@@ -77,7 +79,7 @@ class Refiner:
         block: The observations.
         components: The terms, by name; all of them have cells in the block.
         grid: The voxel grid.
-        given: Intensity of each voxel of the block that is known, NaN for others.
+        reference: What a map to scale to says of each voxel of the block.
     """
 
     def __init__(
@@ -85,13 +87,14 @@ class Refiner:
         block: ObservationBlock,
         components: Mapping[str, JointComponent],
         grid: Grid,
-        given: np.ndarray | None = None,
+        reference: Reference | None = None,
     ) -> None:
         self.block, self.components = block, dict(components)
-        self.given = given
+        self.reference = reference
         self.shell = _shells(block.voxel, grid)
         self.photons = block.counts - block.background
         self.weight = np.ones(block.n_rows, dtype=np.float32)
+        self.reference_weight = np.zeros(block.n_groups, dtype=np.float32)
         self.used = np.ones(block.n_rows, dtype=bool)
         self._rows = ScalingBlock(
             flumpy.from_numpy(block.start),
@@ -101,16 +104,19 @@ class Refiner:
         for name, component in self.components.items():
             cells = flumpy.from_numpy(block.cells[name])
             self._rows.add_term(int(TERMS[name].role), cells, component.layout.n_cells)
-        if given is not None:
-            self._rows.set_given(flumpy.from_numpy(given.astype(np.float32)))
 
     def cell_values(self) -> list[np.ndarray]:
         """The value of each cell of each term."""
         return [component.cell_values() for component in self.components.values()]
 
-    def evaluate(self) -> float:
-        """χ² for the current parameters and weights; keeps the derivatives."""
-        return self._rows.evaluate([flumpy.from_numpy(v) for v in self.cell_values()])
+    def evaluate(self, curvatures: bool = True) -> float:
+        """χ² for the current parameters and weights; keeps the derivatives.
+
+        Args:
+            curvatures: Whether those of second order are needed, too.
+        """
+        values = [flumpy.from_numpy(v) for v in self.cell_values()]
+        return self._rows.evaluate(values, curvatures)
 
     def gradient(self, name: str) -> np.ndarray:
         """Of χ² by the parameters of a term, of the last evaluation."""
@@ -144,6 +150,11 @@ class Refiner:
         photons = np.add.reduceat((self.photons - offset) * used, start)
         norm = np.add.reduceat(response * used, start)
         norm = np.where(norm > 0, norm, np.add.reduceat(response.astype(float), start))
+        if self.reference is not None:
+            photons, norm = (
+                photons + self.reference.photons,
+                norm + self.reference.response,
+            )
         n = self.shell.max(initial=0) + 1
         rate = estimate.shell_rate(
             np.maximum(np.bincount(self.shell, photons, n), 0),
@@ -160,10 +171,6 @@ class Refiner:
         """
         response, offset = self.responses()
         mean = self.expected_intensities(response, offset)
-        if self.given is not None:
-            # Weights of 1/I make the scale a ratio of sums, which the errors of the
-            # given intensities do not bias.
-            mean = np.where(np.isnan(self.given), mean, self.given)
         signal = response * np.repeat(mean, np.diff(self.block.start))
         variance = signal + np.maximum(offset, 0) + self.block.background
         variance = np.maximum(variance, 0) + self.block.variance + (b * signal) ** 2
@@ -175,6 +182,13 @@ class Refiner:
             np.float32
         )
         self._rows.set_weights(flumpy.from_numpy(self.weight))
+        if self.reference is not None:
+            known = self.reference.weights(self.expected_intensities(*self.responses()))
+            self.reference_weight = known.astype(np.float32)
+            self._rows.set_reference(
+                flumpy.from_numpy(self.reference.intensity.astype(np.float32)),
+                flumpy.from_numpy(self.reference_weight),
+            )
 
     def fit(self, n_steps: int = 0, reason: str = "") -> Fit:
         """χ² of the current model."""
@@ -188,10 +202,9 @@ class Refiner:
     def count_used(self) -> tuple[int, int]:
         """Number of observations that say something, and of intensities they determine."""
         used = np.add.reduceat(self.used.astype(np.int64), self.block.start[:-1])
-        if self.given is None:
-            return int(used[used > 1].sum()), int(np.count_nonzero(used > 1))
-        unknown = (used > 0) & np.isnan(self.given)
-        return int(used.sum()), int(np.count_nonzero(unknown))
+        if self.reference is not None:
+            used += self.reference.known & (used > 0)
+        return int(used[used > 1].sum()), int(np.count_nonzero(used > 1))
 
     def effective_parameters(self, name: str) -> float:
         """Number of parameters of a term that the observations decide, not the prior."""
@@ -256,7 +269,7 @@ class Target:
         self, manager: ParameterManager
     ) -> tuple[float, flex.double]:
         """χ² and its derivatives by the active parameters."""
-        value = self._refiner.evaluate()
+        value = self._refiner.evaluate(curvatures=False)
         self._value = value
         parts = [self._refiner.gradient(name) for name in manager.names]
         return value, flumpy.from_numpy(np.concatenate(parts))

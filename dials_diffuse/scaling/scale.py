@@ -13,9 +13,8 @@ the logarithm of any other factor 0, the offset as small as it can be.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from typing import Any, Mapping, NamedTuple, Sequence
+from typing import Any, Mapping, Sequence
 
 import numpy as np
 from scipy import sparse
@@ -36,15 +35,15 @@ from dials_diffuse.scaling.bragg_reference import bragg_rows
 from dials_diffuse.scaling.components import JointComponent, Prior
 from dials_diffuse.scaling.coordinates import CoordinateFinder, Extent, find_extents
 from dials_diffuse.scaling.determination import standard_error
-from dials_diffuse.scaling.error_model import ErrorModel, refine_error_model
-from dials_diffuse.scaling.initial import (
-    add_up_pairs,
-    relative_scales,
-    warn_of_groups,
-)
+from dials_diffuse.scaling.error_model import refine_error_model
+from dials_diffuse.scaling.initial import warn_of_groups
 from dials_diffuse.scaling.layout import Layout
 from dials_diffuse.scaling.outliers import find_outliers
-from dials_diffuse.scaling.refinement import Fit, Refiner
+from dials_diffuse.scaling.reference import Reference
+from dials_diffuse.scaling.refinement import Refiner
+from dials_diffuse.scaling.remaining import scale_remaining
+from dials_diffuse.scaling.result import Scaling, Stage
+from dials_diffuse.scaling.start import start_scales
 from dials_diffuse.scaling.terms import TERMS, Role
 
 logger = logging.getLogger("dials.diffuse.scale")
@@ -58,84 +57,14 @@ ENOUGH = 1.05
 # χ² must fall by so much for each parameter of a term; noise makes it fall by 1.
 NEEDED_GAIN = 5.0
 
+# Standard error of a term that the user asks for, over the expected size of parameters.
+WEAK = 0.5
+
 # Least expected size of parameters.
 SMALLEST_PRIOR = 1e-3
 
 # Observations a parameter must have on average.
 ROWS_PER_PARAMETER = 3
-
-
-class Stage(NamedTuple):
-    """One minimisation, for log and report.
-
-    Args:
-        terms: The terms that were refined.
-        fit: How well the observations are described after it.
-        before: χ² per degree of freedom before it, with the same weights.
-    """
-
-    terms: list[str]
-    fit: Fit
-    before: float
-
-
-@dataclasses.dataclass
-class Scaling:
-    """The result.
-
-    Args:
-        components: The terms that were refined, for all experiments.
-        extents: What the experiments cover.
-        refiner: With the observations that were refined against.
-        error_model: Scatter beyond that of counting.
-        stages: The minimisations.
-        dropped: Terms that were switched off, and why.
-        before: χ² per degree of freedom with scales only from the ratio of counts.
-        counting: That of the result without outliers, with the errors of counting.
-        after: The same with the error model.
-        control: That of other voxels; None if all voxels were refined against.
-        step: One in how many voxels was refined against.
-    """
-
-    components: dict[str, JointComponent]
-    extents: list[Extent]
-    refiner: Refiner | None
-    error_model: ErrorModel = ErrorModel()
-    stages: list[Stage] = dataclasses.field(default_factory=list)
-    dropped: dict[str, str] = dataclasses.field(default_factory=dict)
-    before: float | None = None
-    counting: float | None = None
-    after: float | None = None
-    control: float | None = None
-    step: int = 1
-
-    def experiment_scales(self) -> np.ndarray:
-        """Mean scale b of each experiment."""
-        result = np.ones(len(self.extents))
-        if "scale" not in self.components:
-            return result
-        component = self.components["scale"]
-        values = flumpy.to_numpy(component.parameters)
-        for extent in self.extents:
-            place = component.layout.of_experiment(extent.number)
-            if place is not None:
-                result[extent.number] = np.exp(values[place[1]]).mean()
-        return result
-
-    def summary(self) -> dict[str, Any]:
-        """What a summary of all stages tells of scaling."""
-        scales = self.experiment_scales()
-        return {
-            "terms": list(self.components),
-            "dropped": dict(self.dropped),
-            "chi_square_before": self.before,
-            "chi_square": self.counting,
-            "chi_square_error_model": self.after,
-            "error_model": self.error_model.parameters,
-            "n_experiments": len(scales),
-            "scale_min": float(scales.min()),
-            "scale_max": float(scales.max()),
-        }
 
 
 def scale(
@@ -144,7 +73,7 @@ def scale(
     numbers: Sequence[Mapping[int, int]],
     params: Any,
     excluded: Sequence[ImageRange] = (),
-    reference: Mapping[str, np.ndarray] | None = None,
+    reference: Reference | None = None,
 ) -> tuple[Scaling, RowReader]:
     """Refine a scaling model.
 
@@ -154,7 +83,7 @@ def scale(
         numbers: For each table the number of each experiment by its ``id``.
         params: PHIL parameters of ``dials.diffuse_scale``.
         excluded: Images to leave out.
-        reference: ``voxel`` (packed, ascending) and ``intensity`` of a map to scale to.
+        reference: A map to scale to.
 
     Returns:
         The model, and what reads the observations with the cells of its terms.
@@ -182,6 +111,7 @@ def scale(
         _drop_all(result, reader, "no voxel was observed more than once")
         return result, reader
     Session(result, reader, block, grid, params, reference).run()
+    scale_remaining(result, reader, reference)
     if step > 1:
         _check_choice(result, reader, step, grid, params, reference)
     return result, reader
@@ -235,32 +165,28 @@ def choice(reader: RowReader, max_rows: int | None) -> int:
     return step
 
 
-def given_intensities(
-    block: ObservationBlock,
-    reference: Mapping[str, np.ndarray] | None,
-    required: bool = True,
-) -> np.ndarray | None:
-    """The intensity of each voxel of a block in a reference map, NaN where it has none.
+def reference_of(
+    block: ObservationBlock, reference: Reference | None, required: bool = True
+) -> Reference | None:
+    """What a reference map says of each voxel of a block.
 
     Args:
         block: The observations.
-        reference: As that of ``scale``.
-        required: Whether there must be one.
+        reference: The map.
+        required: Whether it must have some of the voxels.
 
     Raises:
-        ValueError: They have no voxel in common.
+        ValueError: It has none.
     """
     if reference is None:
         return None
-    place = np.searchsorted(reference["voxel"], block.voxel)
-    place = np.minimum(place, len(reference["voxel"]) - 1)
-    known = reference["voxel"][place] == block.voxel
-    if required and not known.any():
+    known = reference.of(block.voxel)
+    if required and not known.known.any():
         raise ValueError(
             "the reference map has no voxel in common with the observations: check that "
             "both have the same crystal and resolution"
         )
-    return np.where(known, reference["intensity"][place], np.nan)
+    return known
 
 
 class Session:
@@ -282,16 +208,16 @@ class Session:
         block: ObservationBlock,
         grid: Grid,
         params: Any,
-        reference: Mapping[str, np.ndarray] | None,
+        reference: Reference | None,
     ) -> None:
         self.result, self.reader, self.block = result, reader, block
         self.grid, self.params = grid, params
-        self.given = given_intensities(block, reference)
+        self.reference = reference_of(block, reference)
         self.refiner = self._new_refiner()
 
     def _new_refiner(self) -> Refiner:
         self.result.refiner = Refiner(
-            self.block, self.result.components, self.grid, self.given
+            self.block, self.result.components, self.grid, self.reference
         )
         return self.result.refiner
 
@@ -309,12 +235,13 @@ class Session:
                 refined.append(name)
             if name in refined:
                 self._update_errors()
-        for _ in range(self.params.refinement.cycles):
+        n_cycles = self.params.refinement.cycles
+        for cycle in range(1, n_cycles + 1):
             if self._refined():
                 self._tighten_priors()
                 self._refine(self._refined())
-            self._update_errors()
-        if self.given is None:
+            self._update_errors(warn=cycle == n_cycles)
+        if self.reference is None:
             self._settle_resolution()
         self.refiner.update_weights()
         self.result.counting = self.refiner.fit().reduced
@@ -416,21 +343,18 @@ class Session:
         for component in self.result.components.values():
             if component.additive:
                 component.unit = float(rate) if rate > 0 else 1.0
-        if "scale" in self.result.components and self.given is None:
+        if "scale" in self.result.components:
             self._start_scales()
         refiner.update_weights()
         self.result.before = self.refiner.fit().reduced
 
     def _start_scales(self) -> None:
-        block = self.block
         n = len(self.result.extents)
-        photons = self.refiner.photons.astype(float)
-        pairs = add_up_pairs(
-            block.group, block.experiment, photons, block.normalisation.astype(float)
-        )
-        scales, group = relative_scales(pairs, n)
-        seen = np.flatnonzero(np.bincount(block.experiment, minlength=n))
+        scales, group = start_scales(self.refiner, n)
+        seen = np.flatnonzero(np.bincount(self.block.experiment, minlength=n))
         names = self._identifiers()
+        if self.reference is not None:
+            seen, names = np.append(seen, n), [*names, "the reference map"]
         warn_of_groups([names[i] for i in seen], group[seen], "have no known scale")
         component = self.result.components["scale"]
         values = flumpy.to_numpy(component.parameters).copy()
@@ -451,6 +375,11 @@ class Session:
         limit = TERMS[name].error_limit
         if limit is None:
             return True
+        own = getattr(self.params.model, name)
+        if own.use == "yes":
+            # The wish counts as long as the observations say more than what is
+            # expected of the parameters anyway.
+            limit = max(limit, WEAK * TERMS[name].prior(own).size)
         model = self.result.error_model
         self.refiner.update_weights(model.a, model.b)
         error = standard_error(self.refiner, name)
@@ -492,20 +421,26 @@ class Session:
         model = self.result.error_model
         self.refiner.update_weights(model.a, model.b)
 
-    def _update_errors(self) -> None:
-        """Outliers and error model for the current model."""
+    def _update_errors(self, warn: bool = False) -> None:
+        """Outliers and error model for the current model.
+
+        Args:
+            warn: Whether to warn of what is strange about the error model.
+        """
         columns = self._columns()
+        reject = self.params.outliers.reject
         if self.params.error_model.refine:
             # It does without outliers by itself, as far as is needed to find them.
-            self.result.error_model = refine_error_model(*columns)
+            model = refine_error_model(*columns, warn=warn and not reject)
+            self.result.error_model = model
         model = self.result.error_model
-        if self.params.outliers.reject:
+        if reject:
             outlier = find_outliers(
                 *columns, threshold=self.params.outliers.threshold, error_model=model
             )
             self.refiner.used = ~outlier
             if self.params.error_model.refine:
-                model = refine_error_model(*columns, outlier)
+                model = refine_error_model(*columns, outlier, warn=warn)
                 self.result.error_model = model
         self.refiner.update_weights(model.a, model.b)
         logger.info(
@@ -553,11 +488,11 @@ class Session:
         """A term with values that no correction has."""
         worst, size = None, np.log(LARGEST_FACTOR)
         for name, component in self.result.components.items():
-            if TERMS[name].error_limit is None:
-                continue
             values = component.cell_values()
             if not np.isfinite(values).all():
                 return name
+            if TERMS[name].error_limit is None:
+                continue
             spread = (
                 np.log(LARGEST_FACTOR) * np.abs(values).max() / (5 * component.unit)
                 if component.additive
@@ -574,7 +509,7 @@ class Session:
 
     def _fix_gauge(self) -> None:
         """Move what the observations leave open to where it belongs."""
-        if self.given is not None:
+        if self.reference is not None:
             return  # the reference settles it
         photons = self._weights_of_means()
         for name, component in self.result.components.items():
@@ -605,14 +540,14 @@ def _check_choice(
     step: int,
     grid: Grid,
     params: Any,
-    reference: Mapping[str, np.ndarray] | None,
+    reference: Reference | None,
 ) -> None:
     """Compare χ² with that of voxels that were not refined against."""
     block = read_block(reader, step, phase=1, single=reference is not None)
     if block.n_rows == 0:
         return
-    given = given_intensities(block, reference, required=False)
-    refiner = Refiner(block, result.components, grid, given)
+    known = reference_of(block, reference, required=False)
+    refiner = Refiner(block, result.components, grid, known)
     model = result.error_model
     if params.outliers.reject:
         response, offset = refiner.responses()
@@ -627,7 +562,7 @@ def _check_choice(
         )
     refiner.update_weights(model.a, model.b)
     n_used, n_intensities = refiner.count_used()
-    result.control = refiner.evaluate() / max(n_used - n_intensities, 1)
+    result.control = refiner.evaluate(curvatures=False) / max(n_used - n_intensities, 1)
     logger.info("χ² of as many other voxels: %.4f", result.control)
     if result.control > ENOUGH * result.after:
         logger.warning(

@@ -1,20 +1,21 @@
-"""Which images to scale: those that the user leaves out, and those that do not agree.
+"""Agreement of experiments with the rest, and what terms contribute to it.
 
 The agreement of an experiment with the rest is the correlation of its intensities with
-those of all other experiments in the voxels that they share, each less its isotropic part,
-the mean of thin resolution shells. Delta CC is what the mean correlation of all would
-gain without it, as ΔCC1/2 of images in DIALS (Assmann, Brehm & Diederichs 2016,
-https://doi.org/10.1107/S1600576716005471).
+those of all other experiments, and of the reference map if there is one, in the voxels
+that they share, each less its isotropic part, the mean of thin resolution shells. Delta
+CC is what the mean correlation of all would gain without it, as ΔCC1/2 of images in DIALS
+(Assmann, Brehm & Diederichs 2016, https://doi.org/10.1107/S1600576716005471).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from dials_diffuse.scaling.block import ImageRange
+from dials_diffuse.scaling.initial import add_up_pairs
 from dials_diffuse.scaling.refinement import Refiner
+from dials_diffuse.scaling.start import with_reference
 
 MIN_PAIRS = 30  # voxels that an experiment must share for its correlation to count
 
@@ -68,12 +69,13 @@ def agreement(refiner: Refiner, n_experiments: int) -> Agreement:
     block = refiner.block
     response, offset = refiner.responses()
     used = refiner.used & block.is_diffuse
-    # One number for each pair of a voxel and an experiment.
-    pair = block.group[used] * np.int64(n_experiments) + block.experiment[used]
-    pairs, place = np.unique(pair, return_inverse=True)
-    photons = np.bincount(place, (refiner.photons - offset)[used])
-    norm = np.bincount(place, response[used])
-    voxel, experiment = pairs // n_experiments, pairs % n_experiments
+    pairs = add_up_pairs(
+        block.group[used],
+        block.experiment[used],
+        (refiner.photons - offset)[used].astype(float),
+        response[used].astype(float),
+    )
+    voxel, experiment, photons, norm = with_reference(refiner, pairs, n_experiments)
     total = np.bincount(voxel, photons, block.n_groups)[voxel]
     total_norm = np.bincount(voxel, norm, block.n_groups)[voxel]
     shared = (total_norm - norm > 1e-6 * total_norm) & (norm > 0)
@@ -87,9 +89,9 @@ def agreement(refiner: Refiner, n_experiments: int) -> Agreement:
     weight = 1 / (1 / norm + 1 / rest_norm)
 
     def by_experiment(values: np.ndarray) -> np.ndarray:
-        return np.bincount(experiment, weight * values, n_experiments)
+        return np.bincount(experiment, weight * values, n_experiments)[:n_experiments]
 
-    n_pairs = np.bincount(experiment, minlength=n_experiments)
+    n_pairs = np.bincount(experiment, minlength=n_experiments)[:n_experiments]
     with np.errstate(invalid="ignore", divide="ignore"):
         cc = by_experiment(own * other) / np.sqrt(
             by_experiment(own**2) * by_experiment(other**2)
@@ -105,42 +107,3 @@ def agreement(refiner: Refiner, n_experiments: int) -> Agreement:
 def _means(shell: np.ndarray, photons: np.ndarray, norm: np.ndarray) -> np.ndarray:
     total, total_norm = np.bincount(shell, photons), np.bincount(shell, norm)
     return (total / np.where(total_norm > 0, total_norm, 1))[shell]
-
-
-def parse_excluded(texts: Sequence[str], n_experiments: int) -> list[ImageRange]:
-    """The images that the user leaves out.
-
-    Args:
-        texts: ``number`` of an experiment, or ``number:first:last`` with image numbers
-            from 1 as in ``dials.scale``; commas separate several.
-        n_experiments: Number of experiments.
-
-    Raises:
-        ValueError: A text is not of that form.
-    """
-    result = []
-    for text in (part for item in texts for part in item.split(",") if part):
-        fields = text.split(":")
-        try:
-            numbers = [int(field) for field in fields]
-        except ValueError:
-            numbers = []
-        if len(numbers) not in (1, 3):
-            raise ValueError(
-                f"exclude_images={text} is neither the number of an experiment nor "
-                "number:first:last"
-            )
-        if not 0 <= numbers[0] < n_experiments:
-            raise ValueError(
-                f"exclude_images={text}: there is no experiment {numbers[0]}, they are "
-                f"numbered from 0 to {n_experiments - 1}"
-            )
-        if len(numbers) == 1:
-            result.append(ImageRange(numbers[0]))
-        elif numbers[2] < numbers[1]:
-            raise ValueError(
-                f"exclude_images={text}: the last image is before the first"
-            )
-        else:
-            result.append(ImageRange(numbers[0], numbers[1] - 1, numbers[2]))
-    return result

@@ -20,7 +20,10 @@ namespace dials_diffuse { namespace boost_python {
     ScalingBlock(const af::shared<int> &start,
                  const af::shared<float> &photons,
                  const af::shared<float> &normalisation)
-        : start_(start), photons_(photons), normalisation_(normalisation) {
+        : start_(start),
+          photons_(photons),
+          normalisation_(normalisation),
+          has_curvatures_(false) {
       if (start.size() < 1 || start[0] != 0
           || std::size_t(start.back()) != photons.size()
           || normalisation.size() != photons.size())
@@ -51,10 +54,13 @@ namespace dials_diffuse { namespace boost_python {
       weight_ = weight;
     }
 
-    void set_given(const af::shared<float> &given) {
-      if (given.size() != 0 && given.size() != n_groups())
-        throw std::invalid_argument("an intensity is needed for each group");
-      given_ = given;
+    void set_reference(const af::shared<float> &intensity,
+                       const af::shared<float> &weight) {
+      if (intensity.size() != n_groups() || weight.size() != n_groups())
+        throw std::invalid_argument(
+          "an intensity and a weight are needed for each group");
+      reference_ = intensity;
+      reference_weight_ = weight;
     }
 
     std::size_t n_groups() const {
@@ -65,14 +71,16 @@ namespace dials_diffuse { namespace boost_python {
       return photons_.size();
     }
 
-    double evaluate(const bp::list &values) {
+    double evaluate(const bp::list &values, bool curvatures) {
       std::vector<ScalingTerm> terms = terms_with(values);
       for (std::size_t k = 0; k < terms.size(); ++k) {
         std::fill(gradients_[k].begin(), gradients_[k].end(), 0.0);
-        std::fill(curvatures_[k].begin(), curvatures_[k].end(), 0.0);
         terms[k].gradient = gradients_[k].begin();
+        if (!curvatures) continue;
+        std::fill(curvatures_[k].begin(), curvatures_[k].end(), 0.0);
         terms[k].curvature = curvatures_[k].begin();
       }
+      has_curvatures_ = curvatures;
       intensity_ = af::shared<double>(n_groups(), 0.0);
       return add_scaling_sums(rows(), terms, intensity_.begin());
     }
@@ -90,6 +98,8 @@ namespace dials_diffuse { namespace boost_python {
     }
 
     af::shared<double> curvature(int k) const {
+      if (!has_curvatures_)
+        throw std::runtime_error("the last evaluation was without curvatures");
       return curvatures_.at(k).deep_copy();
     }
 
@@ -104,7 +114,8 @@ namespace dials_diffuse { namespace boost_python {
                             photons_.begin(),
                             normalisation_.begin(),
                             weight_.begin(),
-                            given_.size() ? given_.begin() : 0};
+                            reference_.size() ? reference_.begin() : 0,
+                            reference_weight_.begin()};
       return result;
     }
 
@@ -123,11 +134,13 @@ namespace dials_diffuse { namespace boost_python {
     }
 
     af::shared<int> start_;
-    af::shared<float> photons_, normalisation_, weight_, given_;
+    af::shared<float> photons_, normalisation_, weight_;
+    af::shared<float> reference_, reference_weight_;
     std::vector<Role> roles_;
     std::vector<af::shared<int> > cells_;
     std::vector<af::shared<double> > gradients_, curvatures_;
     af::shared<double> intensity_;
+    bool has_curvatures_;
   };
 
   void wrap_scaling() {
@@ -140,8 +153,11 @@ namespace dials_diffuse { namespace boost_python {
       .def(
         "add_term", &ScalingBlock::add_term, (arg("role"), arg("cell"), arg("n_cells")))
       .def("set_weights", &ScalingBlock::set_weights, (arg("weight")))
-      .def("set_given", &ScalingBlock::set_given, (arg("intensity")))
-      .def("evaluate", &ScalingBlock::evaluate, (arg("values")))
+      .def("set_reference",
+           &ScalingBlock::set_reference,
+           (arg("intensity"), arg("weight")))
+      .def(
+        "evaluate", &ScalingBlock::evaluate, (arg("values"), arg("curvatures") = true))
       .def("responses", &ScalingBlock::responses, (arg("values")))
       .def("gradient", &ScalingBlock::gradient, (arg("term")))
       .def("curvature", &ScalingBlock::curvature, (arg("term")))

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 
+import h5py
 import numpy as np
 import pytest
 from simulated_observations import (
@@ -25,6 +26,8 @@ from dials.array_family import flex
 from dials_diffuse.command_line import diffuse_merge, diffuse_scale
 from dials_diffuse.io.maps import read_map
 from dials_diffuse.io.observations import SCALED_COLUMNS, ObservationFile
+from dials_diffuse.report import scaling as scaling_report
+from dials_diffuse.scaling.selection import gains
 
 FLAGS = flex.reflection_table.flags
 TERMS = ("scale", "decay", "absorption", "detector", "offset")
@@ -113,7 +116,8 @@ def test_report_files(observed, tmp_path):
     names = {path.name for path in tmp_path.iterdir()} - {"extracted.expt"}
     assert "dials.diffuse_scale.log" not in names
     figures = json.loads((tmp_path / "dials.diffuse_scale.json").read_text())
-    assert figures
+    assert figures["experiments"]["scale_from"] == ["refinement"] * 8
+    assert min(figures["experiments"]["n_observations"]) > 100
     page = (tmp_path / "dials.diffuse_scale.html").read_text()
     assert "</html>" in page
     for name in ("dials.diffuse_scale.json", "dials.diffuse_scale.html"):
@@ -121,6 +125,25 @@ def test_report_files(observed, tmp_path):
     diffuse_scale.run([*observed.files, *SCALES_ONLY, "output.log=None"])
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"extracted.expt", "extracted.refl", "scaled.expt", "scaled.refl"}
+
+
+def test_contributions_are_found_once(observed, monkeypatch, caplog):
+    """For log and report, which tell the same."""
+    calls = []
+
+    def counted(*args):
+        calls.append(gains(*args))
+        return calls[-1]
+
+    for module in (diffuse_scale, scaling_report):
+        monkeypatch.setattr(module, "gains", counted)
+    diffuse_scale.run([*observed.files, *SCALES_ONLY[2:]])
+    assert len(calls) == 1
+    with open("dials.diffuse_scale.json", encoding="utf-8") as file:
+        found = json.load(file)["contributions"]
+    expected = {name: gain.chi_square for name, gain in calls[0].items()}
+    assert {row["without"]: row["chi_square"] for row in found} == expected
+    assert f"{expected['scale']:.3f}" in caplog.text
 
 
 def test_models_reload_and_reproduce_the_factors(sweeps, tmp_path):
@@ -187,6 +210,17 @@ def test_scaling_to_a_reference(observed, tmp_path):
     rows = read_all("scaled.refl")
     found = [np.median(rows["inverse_scale_factor"][rows["id"] == i]) for i in range(3)]
     assert found == pytest.approx(SCALES[5:] / norm, rel=0.04)
+    # The report is of the observations, and the map one more to compare them with.
+    diffuse_scale.run([*second, *SCALES_ONLY[2:], "reference=merged.h5"])
+    with open("dials.diffuse_scale.json", encoding="utf-8") as file:
+        figures = json.load(file)
+    total, images = figures["refined_against"], figures["images"]
+    assert total["reference"] is True
+    assert total["n_observations"] == sum(images["n_observations"]) == len(rows["id"])
+    assert 0.9 < total["chi_square_after"] < 1.1
+    shared = figures["experiments"]["n_shared_voxels"]
+    assert min(shared) > 0.5 * len(rows["id"]) / 3
+    assert min(figures["experiments"]["cc"]) > 0.5
     diffuse_scale.run([*second, *SCALES_ONLY])
     rows = read_all("scaled.refl")
     alone = [np.median(rows["inverse_scale_factor"][rows["id"] == i]) for i in range(3)]
@@ -203,7 +237,7 @@ def test_reference_of_another_grid(observed, tmp_path):
     assert "reference=merged.h5 has another grid than" in message
 
 
-def test_excluded_images(observed, sweeps, tmp_path):
+def test_excluded_images(observed, sweeps, tmp_path, caplog):
     diffuse_scale.run([*observed.files, *SCALES_ONLY, "exclude_images=2,5"])
     rows = read_all("scaled.refl")
     out = flagged(rows, FLAGS.user_excluded_in_scaling)
@@ -219,6 +253,34 @@ def test_excluded_images(observed, sweeps, tmp_path):
     expected = (rows["id"] == 1) & (frame > 2) & (frame < 7)
     out = flagged(rows, FLAGS.user_excluded_in_scaling)
     np.testing.assert_array_equal(out, expected)
+    n, n_all = np.count_nonzero(out), np.count_nonzero(rows["id"] == 1)
+    assert f"{n} of {n_all} observations of experiment 1 are of images left out" in (
+        caplog.text
+    )
+    assert "Images 3 to 7 of experiment 1 are left out, 5 of 30 blocks" in caplog.text
+
+
+def test_blocks_of_images_are_excluded_as_a_whole(sweeps, tmp_path, caplog):
+    """Blocks of three images, as the table says, and the scaled table after it."""
+    files = draw(sweeps, tmp_path, name="sweeps").files
+    with h5py.File(files[1], "r+") as handle:
+        del handle["dials_diffuse/phil"]
+        handle["dials_diffuse/phil"] = "block_width = 12.0"
+    diffuse_scale.run([*files, *SCALES_ONLY, "exclude_images=1:6:7,0:30:30"])
+    log = "Images {} to {} of experiment {} are left out, {} of 10 blocks"
+    rows = read_all("scaled.refl")
+    frame = rows["xyzobs.px.value"][:, 2]
+    expected = (rows["id"] == 1) & (frame > 3) & (frame < 9)
+    expected |= (rows["id"] == 0) & (frame > 27)
+    out = flagged(rows, FLAGS.user_excluded_in_scaling)
+    np.testing.assert_array_equal(out, expected)
+    assert log.format(4, 9, 1, 2) in caplog.text
+    assert log.format(28, 30, 0, 1) in caplog.text
+    again = ["output.experiments=again.expt", "output.reflections=again.refl"]
+    diffuse_scale.run(
+        ["scaled.expt", "scaled.refl", *SCALES_ONLY, *again, "exclude_images=0:1:1"]
+    )
+    assert log.format(1, 3, 0, 1) in caplog.text
 
 
 def read_map_rows(files: list[str]) -> int:
@@ -236,10 +298,26 @@ def read_map_rows(files: list[str]) -> int:
             "exclude_images=8: there is no experiment 8, they are numbered from 0 to 7",
         ),
         ("0:4:2", "exclude_images=0:4:2: the last image is before the first"),
+        ("1:2", "exclude_images=1:2 is neither the number of an experiment nor"),
+        (
+            "0:1:1",
+            "exclude_images=0:1:1: experiment 0 is a still without a scan; "
+            "exclude_images=0 leaves it out",
+        ),
     ],
 )
 def test_impossible_exclusion(observed, text, message):
     assert error([*observed.files, f"exclude_images={text}"]).startswith(message)
+
+
+@pytest.mark.parametrize("text", ["0:0:5", "1:28:31", "0:1:3,1:40:50"])
+def test_images_that_are_not_there(sweeps, tmp_path, text):
+    files = draw(sweeps, tmp_path, name="sweeps").files
+    message = error([*files, f"exclude_images={text}"])
+    assert len(message.splitlines()) == 1
+    assert message.endswith(
+        f"{text.split(',')[-1]}: the images of that experiment are numbered from 1 to 30"
+    )
 
 
 def test_experiment_that_disagrees(stills, tmp_path, caplog):

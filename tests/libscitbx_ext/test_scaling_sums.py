@@ -25,7 +25,7 @@ class Case(NamedTuple):
     weight: np.ndarray
     cells: list[np.ndarray]
     values: list[np.ndarray]
-    given: np.ndarray | None = None
+    reference: np.ndarray | None = None  # intensity and weight of each group
 
     def block(self) -> ScalingBlock:
         arrays = (self.start, self.photons, self.normalisation)
@@ -33,15 +33,15 @@ class Case(NamedTuple):
         for role, cell, n in zip(ROLES, self.cells, N_CELLS):
             block.add_term(role, flumpy.from_numpy(cell), n)
         block.set_weights(flumpy.from_numpy(self.weight))
-        if self.given is not None:
-            block.set_given(flumpy.from_numpy(self.given))
+        if self.reference is not None:
+            block.set_reference(*map(flumpy.from_numpy, self.reference.copy()))
         return block
 
     def flex_values(self) -> list:
         return [flumpy.from_numpy(values) for values in self.values]
 
 
-def make_case(given: bool) -> Case:
+def make_case(with_reference: bool) -> Case:
     rng = np.random.default_rng(7)
     n = sum(SIZES)
     weight = rng.uniform(0.1, 2, n).astype(np.float32)
@@ -49,7 +49,9 @@ def make_case(given: bool) -> Case:
     values = [rng.uniform(0.5, 2, n_cells) for n_cells in N_CELLS]
     values[2] -= 1.2  # offsets of either sign
     intensity = rng.uniform(1, 5, len(SIZES)).astype(np.float32)
-    intensity[::2] = np.nan
+    known = rng.uniform(0.5, 5, len(SIZES)).astype(np.float32)
+    known[::2] = 0
+    intensity[::4] = np.nan  # of no weight
     return Case(
         np.concatenate([[0], np.cumsum(SIZES)]).astype(np.int32),
         rng.normal(4, 2, n).astype(np.float32),
@@ -57,7 +59,7 @@ def make_case(given: bool) -> Case:
         weight,
         [rng.integers(0, n_cells, n).astype(np.int32) for n_cells in N_CELLS],
         values,
-        intensity if given else None,
+        np.stack([intensity, known]) if with_reference else None,
     )
 
 
@@ -69,7 +71,10 @@ class Sums(NamedTuple):
 
 
 def twin(case: Case) -> Sums:
-    """f = Σ w (y - o - x I)², I from the normal equation of each group."""
+    """f = Σ w (y - o - x I)², I from the normal equation of each group.
+
+    The reference is one more row of y = R, x = 1, o = 0.
+    """
     factors = [v[c] for v, c in zip(case.values, case.cells)]
     inner = factors[0] * factors[3]
     outer, additive = factors[1], factors[2]
@@ -77,12 +82,15 @@ def twin(case: Case) -> Sums:
     x, o = norm * outer * inner, norm * outer * additive
     weight, total, intensity = case.weight.astype(float), 0.0, []
     for group, (a, b) in enumerate(zip(case.start[:-1], case.start[1:])):
-        known = case.given is not None and not np.isnan(case.given[group])
-        root = np.sqrt(weight[a:b])
-        y = case.photons[a:b] - o[a:b]
-        solution = np.linalg.lstsq((root * x[a:b])[:, None], root * y, rcond=None)
-        mean = float(case.given[group]) if known else solution[0][0] if b > a else 0.0
-        total += np.sum(weight[a:b] * (y - x[a:b] * mean) ** 2)
+        w, y, slope = weight[a:b], case.photons[a:b] - o[a:b], x[a:b]
+        if case.reference is not None and case.reference[1, group] > 0:
+            w = np.append(w, float(case.reference[1, group]))
+            y = np.append(y, float(case.reference[0, group]))
+            slope = np.append(slope, 1.0)
+        root = np.sqrt(w)
+        solution = np.linalg.lstsq((root * slope)[:, None], root * y, rcond=None)
+        mean = solution[0][0] if len(w) else 0.0
+        total += np.sum(w * (y - slope * mean) ** 2)
         intensity.append(mean)
     return Sums(total, np.array(intensity), x, o)
 
@@ -97,9 +105,9 @@ def shifted(case: Case, term: int, cell: int, step: float) -> Case:
     return case._replace(values=values)
 
 
-@pytest.mark.parametrize("given", [False, True])
-def test_functional_intensities_and_responses(given):
-    case = make_case(given)
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_functional_intensities_and_responses(with_reference):
+    case = make_case(with_reference)
     block, expected = case.block(), twin(case)
     assert (block.n_rows, block.n_groups) == (sum(SIZES), len(SIZES))
     assert expected.total > 10
@@ -111,10 +119,10 @@ def test_functional_intensities_and_responses(given):
     np.testing.assert_allclose(flumpy.to_numpy(offset), expected.offset, 1e-6)
 
 
-@pytest.mark.parametrize("given", [False, True])
-def test_gradient_is_that_of_the_functional(given):
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_gradient_is_that_of_the_functional(with_reference):
     """By differences of the twin, which finds the intensities anew each time."""
-    case, step = make_case(given), 1e-5
+    case, step = make_case(with_reference), 1e-5
     block = case.block()
     block.evaluate(case.flex_values())
     for term, n_cells in enumerate(N_CELLS):
@@ -129,18 +137,19 @@ def test_gradient_is_that_of_the_functional(given):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("given", [False, True])
-def test_curvature_is_that_of_single_rows(given):
-    """2 Σ w t² (1 - w x²/Σ w x²), t the derivative of the expected photons."""
-    case = make_case(given)
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_curvature_is_that_of_single_rows(with_reference):
+    """2 Σ w t² (1 - w x²/(Σ w x² + v)), t the derivative of the expected photons."""
+    case = make_case(with_reference)
     block, sums = case.block(), twin(case)
     block.evaluate(case.flex_values())
     weight, sizes = case.weight.astype(float), np.diff(case.start)
     group = np.repeat(np.arange(len(sizes)), sizes)
     share = weight * sums.response**2
-    share = share / np.maximum(np.bincount(group, share, len(sizes)), 1e-30)[group]
-    if given:
-        share[~np.isnan(case.given)[group]] = 0
+    total = np.bincount(group, share, len(sizes))
+    if with_reference:
+        total += case.reference[1]
+    share = share / np.maximum(total, 1e-30)[group]
     signal = sums.response * sums.intensity[group]
     slopes = {
         INNER: signal,
@@ -173,6 +182,17 @@ def test_an_evaluation_leaves_arrays_of_the_last_alone():
     block.evaluate(shifted(case, 0, 0, 0.5).flex_values())
     np.testing.assert_array_equal(flumpy.to_numpy(before), kept)
     assert np.any(flumpy.to_numpy(block.gradient(0)) != kept)
+
+
+def test_evaluation_without_curvatures():
+    case = make_case(True)
+    block, full = case.block(), case.block()
+    total = full.evaluate(case.flex_values())
+    assert block.evaluate(case.flex_values(), curvatures=False) == total
+    for term in range(len(ROLES)):
+        assert list(block.gradient(term)) == list(full.gradient(term))
+    with pytest.raises(RuntimeError, match="without curvatures"):
+        block.curvature(0)
 
 
 # flex has its own memory: that of numpy must not be given back while an error is raised.
@@ -222,8 +242,9 @@ def test_wrong_arrays():
     block.add_term(0, ints(0, 1), 2)
     with pytest.raises(ValueError, match="weight is needed for each row"):
         block.set_weights(floats(1))
-    with pytest.raises(ValueError, match="for each group"):
-        block.set_given(floats(1, 2))
+    for arrays in (floats(1, 2), floats(1)), (floats(1), floats(1, 2)):
+        with pytest.raises(ValueError, match="for each group"):
+            block.set_reference(*arrays)
     with pytest.raises(ValueError, match="values are needed for each term"):
         block.evaluate([])
     one = flex.double(1, 1.0)

@@ -187,3 +187,39 @@ def test_a_scan_of_no_width_is_a_still():
     experiment = make_experiment(make_detector(), scan=make_scan(1, 1, 0.0, 0.0))
     (extent,) = find_extents([experiment], (0.1, 0.5))
     assert extent.is_still
+
+
+def test_every_experiment_has_its_own_beam():
+    """Stills of one detector whose beams differ by a degree and more."""
+    detector = make_detector()
+    experiments = [make_experiment(detector, beam) for beam in BEAMS[::2]]
+    columns = rows(30)
+    found = [find(experiments, np.full(30, i), columns, {"u", "v"}) for i in range(3)]
+    mixed = find(experiments, np.arange(30) % 3, columns, {"u", "v"})
+    for i, (x, y, _) in enumerate(columns["xyzobs.px.value"]):
+        direction = detector[int(columns["panel"][i])].get_pixel_lab_coord((x, y))
+        direction = np.array(direction) / np.linalg.norm(direction)
+        for j, experiment in enumerate(experiments):
+            expected = project(direction, experiment.beam.get_unit_s0())
+            assert (found[j]["u"][i], found[j]["v"][i]) == pytest.approx(expected)
+        assert mixed["u"][i] == found[i % 3]["u"][i]
+    extents = find_extents(experiments, (0.1, 0.5))
+    assert [extent.detector for extent in extents] == [0, 0, 0]
+    assert extents[0].u != extents[1].u
+
+
+def test_detectors_are_told_apart_wherever_they_stand():
+    """Also when equal ones are not neighbours."""
+    kinds = [0, 1, 0, 2, 1, 1, 0]
+    experiments = [make_experiment(make_detector(2, 20.0 + kind)) for kind in kinds]
+    extents = find_extents(experiments, (0.1, 0.5))
+    assert [extent.detector for extent in extents] == kinds
+
+
+def test_unknown_panel():
+    experiments = [make_experiment(make_detector(3)), make_experiment(make_detector(2))]
+    columns = rows(5)
+    columns["panel"] = np.array([2, 0, 1, 2, 0], dtype=np.uint64)
+    assert len(find(experiments, [0, 0, 0, 0, 0], columns, {"s"})["s"]) == 5
+    with pytest.raises(ValueError, match="experiment 1 are on panel 2, .* 2 panels"):
+        find(experiments, [0, 0, 0, 1, 1], columns, {"s"})

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
-from simulated_observations import ROTATION, Observed, draw, observe
+from simulated_observations import (
+    ROTATION,
+    STILLS,
+    Observed,
+    draw,
+    observe,
+    read_all,
+    write,
+)
 from truth_ladder import vary
 
 from dxtbx import flumpy
 
+from dials_diffuse import symmetry
 from dials_diffuse.command_line import diffuse_scale
 from dials_diffuse.io.observations import ObservationFile
 from dials_diffuse.scaling.determination import standard_error
-from dials_diffuse.scaling.scale import Scaling, scale
+from dials_diffuse.scaling.result import Scaling, Source
+from dials_diffuse.scaling.scale import Session, scale
 from dials_diffuse.util.command import parse_arguments
 
 TERMS = ("scale", "decay", "absorption", "detector", "offset")
@@ -156,6 +170,22 @@ def test_standard_error_is_that_of_the_full_matrix(result, name):
     )
 
 
+@pytest.mark.parametrize("name", ["scale", "decay", "offset"])
+def test_values_that_are_no_numbers_are_found(result, name):
+    """Also of the scale, which may have any size."""
+    session = SimpleNamespace(result=result)
+    component = result.components[name]
+    saved = component.parameters.deep_copy()
+    assert Session._worst_term(session) is None
+    try:
+        component.parameters = saved * float("nan")
+        assert Session._worst_term(session) == name
+        component.parameters = saved * 0.0 + 100.0
+        assert Session._worst_term(session) == (None if name == "scale" else name)
+    finally:
+        component.parameters = saved
+
+
 def test_choice_of_observations(observed, caplog):
     """A part of the voxels gives nearly the same scales, and says that it was enough."""
     options = [f"model.{name}.use=no" for name in TERMS[1:]]
@@ -169,6 +199,116 @@ def test_choice_of_observations(observed, caplog):
     a, b = (flumpy.to_numpy(r.components["scale"].parameters) for r in (whole, part))
     assert a.std() > 0.1
     assert np.std(a - b) < 0.02
+
+
+@pytest.fixture(scope="module")
+def stills(tmp_path_factory) -> Observed:
+    """Six stills of unequal scales; the last has a few hundred rows only."""
+    folder = tmp_path_factory.mktemp("stills")
+    settings = vary(STILLS, n_images=6, detector={"size": (120, 120), "pixel": 0.75})
+    geometry = observe(settings, folder)
+    n_rows = np.bincount(geometry.experiment)
+    rng = np.random.default_rng(4)
+    use = rng.random(geometry.n_rows) < np.where(
+        geometry.experiment == 5, 300 / n_rows[5], 1
+    )
+    return draw(
+        geometry,
+        folder,
+        STILL_SCALES[geometry.experiment],
+        counts_per_pixel=50,
+        use=use,
+    )
+
+
+STILL_SCALES = np.array([0.5, 0.8, 1.0, 1.2, 1.5, 3.0])
+SCALE_ONLY = [f"model.{name}.use=no" for name in TERMS[1:]]
+
+
+def scaled_stills(stills: Observed, *options: str) -> Scaling:
+    arguments = [*stills.files, *SCALE_ONLY, *options]
+    params, _, files = parse_arguments(diffuse_scale.make_parser(), arguments)
+    with ObservationFile(files[0]) as table:
+        numbers = [{i: i for i in range(6)}]
+        return scale(stills.geometry.experiments, [table], numbers, params)[0]
+
+
+def test_experiment_with_few_of_the_chosen_rows(stills, caplog):
+    """Its scale is that of all of its rows."""
+    caplog.set_level("INFO", logger="dials.diffuse.scale")
+    result = scaled_stills(stills, "refinement.max_rows=1000")
+    assert result.step >= 8
+    assert result.n_observations[5] < 50
+    assert list(result.source) == [Source.REFINEMENT] * 5 + [Source.ALL]
+    found = result.experiment_scales()
+    truth = STILL_SCALES * found[0] / STILL_SCALES[0]
+    assert found[5] == pytest.approx(truth[5], rel=0.05)
+    assert "The scales of 1 experiments with less than 100 observations among" in (
+        caplog.text
+    )
+    n = np.count_nonzero(result.refiner.block.experiment == 5)
+    assert n == 0 or f": 5 ({result.n_observations[5]})" in caplog.text
+
+
+def test_experiment_with_few_rows_at_all(stills, caplog):
+    """All are refined against; what is uncertain is named."""
+    caplog.set_level("INFO", logger="dials.diffuse.scale")
+    result = scaled_stills(stills)
+    assert result.step == 1
+    assert set(result.source) == {Source.REFINEMENT}
+    few = np.flatnonzero(result.n_observations < 100)
+    assert ("are uncertain" in caplog.text) == (len(few) > 0)
+    found = result.experiment_scales()
+    truth = STILL_SCALES * found[0] / STILL_SCALES[0]
+    assert found == pytest.approx(truth, rel=0.05)
+
+
+def test_rows_that_count_are_those_of_shared_voxels(stills):
+    """Row by row, with another way to find what is shared."""
+    result = scaled_stills(stills)
+    rows = read_all(stills.files[1])
+    laue_group = stills.geometry.grid.laue_group
+    unique = map(tuple, symmetry.map_to_asu(rows["miller_index"], laue_group))
+    seen: dict[tuple[int, ...], list[int]] = {}
+    for voxel, number in zip(unique, rows["id"]):
+        seen.setdefault(voxel, []).append(number)
+    shared = [number for ids in seen.values() if len(set(ids)) > 1 for number in ids]
+    expected = np.bincount(shared, minlength=6)
+    assert 0 < expected.sum() < len(rows["id"])
+    n_outliers = np.count_nonzero(~result.refiner.used)
+    assert 0 <= (expected - result.n_observations).sum() <= n_outliers
+
+
+def test_mean_scale_is_that_of_the_images_that_were_observed(observed):
+    """Of a sweep with rows on the first half only, whatever the other half may be."""
+    result = scaled(observed, *SCALE_ONLY)
+    block, component = result.refiner.block, result.components["scale"]
+    first = block.cells["scale"] <= np.median(block.cells["scale"])
+    half = dataclasses.replace(
+        result,
+        refiner=SimpleNamespace(
+            block=SimpleNamespace(
+                experiment=block.experiment[first],
+                cells={"scale": block.cells["scale"][first]},
+            )
+        ),
+    )
+    expected = component.cell_values()[block.cells["scale"][first]].mean()
+    assert half.experiment_scales() == pytest.approx([expected])
+    assert result.experiment_scales() == pytest.approx([1], abs=1e-6)
+    assert abs(expected - 1) > 0.02
+
+
+def test_error_model_warns_once(stills, caplog):
+    """Counts of a detector with a wrong gain scatter too little."""
+    rows = read_all(stills.files[1])
+    rows["counts"] = rows["counts"].mean() * np.ones(len(rows["counts"]))
+    rows["counts"] *= rows["normalisation"] * STILL_SCALES[rows["id"]]
+    rows["counts"] /= (rows["normalisation"] * STILL_SCALES[rows["id"]]).mean()
+    folder = Path(stills.files[1]).parent
+    files = write(stills.geometry, rows, folder, "smooth")
+    scaled_stills(dataclasses.replace(stills, files=files))
+    assert caplog.text.count("scatter less than Poisson counts") == 1
 
 
 def test_absorption_of_stills_makes_no_sense(tmp_path, caplog):
@@ -189,3 +329,45 @@ def test_absorption_of_stills_makes_no_sense(tmp_path, caplog):
         result, _ = scale(geometry.experiments, [table], numbers, params)
     assert result.dropped["absorption"] == "it makes no sense for these experiments"
     assert "absorption" not in result.components
+
+
+@pytest.mark.parametrize(
+    "use, size, kept", [("auto", 3, False), ("yes", 3, True), ("yes", 0.01, False)]
+)
+def test_weak_term(tmp_path, caplog, use, size, kept):
+    """B factors that the observations determine, but not as well as they should.
+
+    They stay if the user asks for them, unless nothing more is known than was expected.
+    """
+    settings = vary(STILLS, n_images=6, detector={"size": (60, 60), "pixel": 1.5})
+    geometry = observe(settings, tmp_path)
+    observed = draw(geometry, tmp_path, counts_per_pixel=0.15)
+    options = [f"model.{name}.use=no" for name in ("detector", "absorption", "offset")]
+    options += [f"model.decay.use={use}", f"model.decay.size={size}"]
+    params, _, files = parse_arguments(
+        diffuse_scale.make_parser(), [*observed.files, *options]
+    )
+    with ObservationFile(files[0]) as table:
+        numbers = [{i: i for i in range(6)}]
+        result, _ = scale(geometry.experiments, [table], numbers, params)
+    assert ("decay" in result.components) is kept
+    if not kept:
+        assert "the observations do not determine it" in result.dropped["decay"]
+
+
+def test_a_single_sweep_needs_no_other(result, caplog):
+    assert list(result.source) == [Source.REFINEMENT]
+    assert "nothing tells the scales" not in caplog.text
+
+
+def test_experiment_that_shares_nothing(tmp_path, caplog):
+    """Half of the voxels belong to experiment 2 alone."""
+    settings = vary(STILLS, n_images=6, detector={"size": (60, 60), "pixel": 1.5})
+    geometry = observe(settings, tmp_path)
+    use = (geometry.experiment == 2) == (geometry.voxel % 2 == 0)
+    observed = draw(geometry, tmp_path, use=use, counts_per_pixel=10)
+    result = scaled_stills(observed)
+    expected = [Source.NOTHING if i == 2 else Source.REFINEMENT for i in range(6)]
+    assert list(result.source) == expected
+    assert "nothing tells the scales of 1 of 6 experiments" in caplog.text
+    assert result.experiment_scales()[2] == pytest.approx(1, abs=0.2)

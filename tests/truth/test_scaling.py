@@ -55,10 +55,13 @@ from dials_diffuse.command_line import diffuse_merge, diffuse_scale
 from dials_diffuse.extraction.extract import extract
 from dials_diffuse.extraction.reference import make_grid
 from dials_diffuse.extraction.settings import BraggSettings
+from dials_diffuse.io.maps import VoxelList
 from dials_diffuse.io.observations import GROUP
-from dials_diffuse.scaling import apply
+from dials_diffuse.merging.sums import pack
+from dials_diffuse.scaling import apply, reference
 from dials_diffuse.scaling import scale as scale_module
 from dials_diffuse.scaling.outliers import find_outliers
+from dials_diffuse.scaling.reference import Reference
 from dials_diffuse.scaling.refinement import Refiner
 from dials_diffuse.simulation.comparison import Comparison, compare
 from dials_diffuse.simulation.simulate import Simulation, series_scales
@@ -513,6 +516,71 @@ def test_without_scaling(stills, tmp_path):
     assert found.error_of_images() > 0.2
     assert found.chi_square > 1.5
     assert found.ratio_of_map() > 1.5
+
+
+def part_of(observed: Observed, first: int, stop: int, name: str) -> tuple[str, str]:
+    """Write some of the experiments; returns the names of the files."""
+    g = observed.geometry
+    mine = (g.experiment >= first) & (g.experiment < stop)
+    columns = {
+        **g.columns,
+        "counts": observed.counts,
+        "background.sum.value": observed.background,
+    }
+    columns = {key: values[mine] for key, values in columns.items()}
+    columns["id"] = columns["id"] - first
+    own = dataclasses.replace(g, experiments=g.experiments[first:stop])
+    return write(own, columns, Path("."), name)
+
+
+def error_to_reference(
+    stills: Geometry, seed: int, background: float, scale_of_map: float = 1.0
+) -> float:
+    """Mean of ln(found/true) of the scales of 50 stills, to a map of 20 others."""
+    scales = np.exp(0.35 * np.random.default_rng(11).standard_normal(100))
+    scales[:50] = scale_of_map
+    factor = scales[stills.experiment]
+    observed = draw(stills, Path("."), factor, background=background, seed=seed)
+    old = part_of(observed, 0, 20, "old")
+    diffuse_merge.run([*old, "scale_experiments=False", "output.plot=None"])
+    options = ["reference=merged.h5", "output.html=None", "output.json=None"]
+    arguments = [*part_of(observed, 50, 100, "new"), *options, *only("scale")]
+    params, _, files = parse_arguments(diffuse_scale.make_parser(), arguments)
+    found = diffuse_scale.process(params, "", files).experiment_scales()
+    return float(np.mean(np.log(found / scales[50:])))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("background", [0.0, 10.0])
+def test_scales_to_a_noisy_reference(stills, background):
+    """They are unbiased, though a voxel of the map has but a few standard errors.
+
+    The statistical error of the mean of two draws is 0.03 %, with background 0.08 %.
+    """
+    mean = np.mean([error_to_reference(stills, seed, background) for seed in (1, 2)])
+    report(f"scaling, reference, background {background:g}", mean=f"{mean:+.3%}")
+    assert abs(mean) < 0.002
+
+
+@pytest.mark.slow
+def test_reference_taken_as_exact_biases(stills, monkeypatch):
+    """Negative control: its best voxels, without errors; and a map of another scale."""
+    right = reference.reference_from_sums
+
+    def exact(voxels: VoxelList) -> Reference:
+        found = right(voxels)
+        best = voxels["intensity"] >= 3 * voxels["sigma"]
+        best = np.isin(found.voxel, pack(voxels["index"][best]))
+        zero = np.zeros(best.sum())
+        chosen = found.voxel[best], found.intensity[best]
+        return Reference(*chosen, zero + 1e12, zero, zero)
+
+    other = error_to_reference(stills, 1, 10.0, scale_of_map=1.1)
+    monkeypatch.setattr(reference, "reference_from_sums", exact)
+    biased = error_to_reference(stills, 1, 10.0)
+    report("scaling, wrong reference", exact=f"{biased:+.3%}", scale=f"{other:+.3%}")
+    assert biased < -0.008
+    assert other == pytest.approx(-np.log(1.1), abs=0.003)
 
 
 IMAGES = vary(

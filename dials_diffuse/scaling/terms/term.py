@@ -68,7 +68,10 @@ def use_phil(help: str) -> str:
     return f"""
 use = yes no *auto
   .type = choice
-  .help = {help!r}
+  .help = "{help} With yes it stays even if the observations say little of it or do"
+          "not need it. If they do not determine it at all, with a standard error above"
+          "half the size that is expected of its parameters, it is switched off in any"
+          "case."
 """
 
 
