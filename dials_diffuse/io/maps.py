@@ -48,10 +48,15 @@ ASU_CHUNK = 1 << 16
 SUM_COLUMNS: dict[str, Column] = {
     "counts": Column("float64", 1, "photons", "sum of the counts N"),
     "background": Column("float64", 1, "photons", "sum of the background B"),
-    "background_variance": Column("float64", 1, "photons^2", "variance V of B"),
+    "background_variance": Column(
+        "float64", 1, "photons^2", "variance V of B, (a_i/a)^2 times that of table i"
+    ),
     "normalisation": Column("float64", 1, "s.sr", "sum of scale x normalisation M"),
     "fractional": Column(
-        "float64", 1, "s^2.sr^2", "sum F of (b x scale x normalisation)^2, error model"
+        "float64",
+        1,
+        "s^2.sr^2",
+        "sum F of (a_i/a x b_i x scale x normalisation)^2, error model of table i",
     ),
     "n_pixels": Column("int64", 1, "1", "number of pixels"),
     "n_obs": Column(
@@ -59,7 +64,10 @@ SUM_COLUMNS: dict[str, Column] = {
     ),
     "intensity": Column("float64", 1, INTENSITY, "(N - B)/M"),
     "sigma": Column(
-        "float64", 1, INTENSITY, "a sqrt(N' + V + F I^2)/M, N' expected counts"
+        "float64",
+        1,
+        INTENSITY,
+        "a sqrt(r N' + V + F I^2)/M, N' expected counts, r mean of (a_i/a)^2, a largest a_i",
     ),
 }
 
