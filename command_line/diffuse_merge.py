@@ -39,7 +39,11 @@ from dials_diffuse.io.inputs import check_identifiers
 from dials_diffuse.io.maps import INTENSITY, MapFile, MapWriter
 from dials_diffuse.io.observations import ObservationFile
 from dials_diffuse.merging.merge import MergingSettings, merge
-from dials_diffuse.merging.observations import ObservationTable, check_tables
+from dials_diffuse.merging.observations import (
+    ObservationTable,
+    check_tables,
+    experiment_numbers,
+)
 from dials_diffuse.merging.statistics import MergingStatistics
 from dials_diffuse.report.slices import central_layers, plot_layers
 from dials_diffuse.scaling.initial import put_on_one_scale
@@ -64,16 +68,8 @@ def check_experiments(
     Raises:
         ValueError: Observations belong to an experiment that is not in the list.
     """
+    experiment_numbers(experiments, tables)
     known = set(experiments.identifiers())
-    for table in tables:
-        missing = [name for name in table.identifiers.values() if name not in known]
-        if missing:
-            raise ValueError(
-                f"{table.path} belongs to other experiments than the experiment list: "
-                f"{len(missing)} of its {len(table.identifiers)} identifiers are not "
-                f"in it, the first is {missing[0]}. Give the .expt and .refl of one "
-                "program run"
-            )
     used = {name for table in tables for name in table.identifiers.values()}
     if len(used) < len(known):
         logger.info(

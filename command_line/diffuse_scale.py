@@ -49,7 +49,7 @@ from dials_diffuse.io.observations import (
     ObservationFile,
     ObservationWriter,
 )
-from dials_diffuse.merging.observations import check_tables
+from dials_diffuse.merging.observations import check_tables, experiment_numbers
 from dials_diffuse.report.scaling import scaling_record
 from dials_diffuse.report.scaling_plots import render_page
 from dials_diffuse.scaling.apply import count, flag_outliers, scaled_rows
@@ -134,34 +134,11 @@ def spare_other_models(output: Any) -> None:
         )
 
 
-def number_experiments(
-    experiments: ExperimentList, tables: Sequence[ObservationFile]
-) -> list[dict[int, int]]:
-    """For each table the place in the experiment list of each ``id``.
-
-    Raises:
-        ValueError: Observations belong to an experiment that is not in the list.
-    """
-    place = {name: i for i, name in enumerate(experiments.identifiers())}
-    numbers = []
-    for table in tables:
-        missing = [name for name in table.identifiers.values() if name not in place]
-        if missing:
-            raise ValueError(
-                f"{table.path} belongs to other experiments than the experiment list: "
-                f"{len(missing)} of its {len(table.identifiers)} identifiers are not "
-                f"in it, the first is {missing[0]}. Give the .expt and .refl of one "
-                "program run"
-            )
-        numbers.append({i: place[name] for i, name in table.identifiers.items()})
-    return numbers
-
-
 def scale_experiments(
     experiments: ExperimentList, tables: Sequence[ObservationFile], params: Any
 ) -> tuple[Scaling, RowReader]:
     """Scale, and once more without the experiments that do not agree with the rest."""
-    numbers = number_experiments(experiments, tables)
+    numbers = experiment_numbers(experiments, tables)
     excluded = parse_excluded(
         given(params.exclude_images), experiments, block_widths(tables, numbers)
     )

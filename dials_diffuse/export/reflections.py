@@ -38,7 +38,12 @@ from dials_diffuse.export.experiments import (
 )
 from dials_diffuse.grid import Grid
 from dials_diffuse.merging import estimate
-from dials_diffuse.merging.observations import ObservationTable, check_tables, lookup
+from dials_diffuse.merging.observations import (
+    ObservationTable,
+    check_tables,
+    experiment_numbers,
+    lookup,
+)
 from dials_diffuse.util.compat import miller_index_from_numpy
 
 # A place-holder beyond all indices in the tables of dials.scale.
@@ -91,29 +96,6 @@ def check_scales(tables: Sequence[ObservationTable]) -> None:
         )
 
 
-def experiment_numbers(
-    tables: Sequence[ObservationTable], experiments: ExperimentList
-) -> list[dict[int, int]]:
-    """For each table, the number in the list of each of its experiments, by ``id``.
-
-    Raises:
-        ValueError: An experiment is not in the list.
-    """
-    known = {identifier: i for i, identifier in enumerate(experiments.identifiers())}
-    numbers = []
-    for table in tables:
-        missing = [name for name in table.identifiers.values() if name not in known]
-        if missing:
-            raise ValueError(
-                f"{table.path} belongs to other experiments than the experiment list: "
-                f"{len(missing)} of its {len(table.identifiers)} identifiers are not "
-                f"in it, the first is {missing[0]}. Give the .expt and .refl of one "
-                "program run"
-            )
-        numbers.append({i: known[name] for i, name in table.identifiers.items()})
-    return numbers
-
-
 def export_reflections(
     tables: Sequence[ObservationTable],
     experiments: ExperimentList,
@@ -134,7 +116,7 @@ def export_reflections(
     check_scales(tables)
     grid = tables[0].grid
     check_indices(grid)
-    numbers = experiment_numbers(tables, experiments)
+    numbers = experiment_numbers(experiments, tables)
     counted = survey(tables)
     n_shares = counted.shares_within(max_rows)
     parts = []

@@ -12,6 +12,8 @@ from typing import Iterator, Mapping, NamedTuple, Protocol, Sequence
 
 import numpy as np
 
+from dxtbx.model.experiment_list import ExperimentList
+
 from dials.array_family import flex
 from dials_diffuse import symmetry
 from dials_diffuse.grid import Grid
@@ -81,6 +83,29 @@ def check_tables(tables: Sequence[ObservationTable]) -> None:
                     f"{table.path}: give each experiment once"
                 )
         seen.update(dict.fromkeys(table.identifiers.values(), table.path))
+
+
+def experiment_numbers(
+    experiments: ExperimentList, tables: Sequence[ObservationTable]
+) -> list[dict[int, int]]:
+    """For each table, the place in the list of each of its experiments, by ``id``.
+
+    Raises:
+        ValueError: Observations belong to an experiment that is not in the list.
+    """
+    place = {name: i for i, name in enumerate(experiments.identifiers())}
+    numbers = []
+    for table in tables:
+        missing = [name for name in table.identifiers.values() if name not in place]
+        if missing:
+            raise ValueError(
+                f"{table.path} belongs to other experiments than the experiment list: "
+                f"{len(missing)} of its {len(table.identifiers)} identifiers are not "
+                f"in it, the first is {missing[0]}. Give the .expt and .refl of one "
+                "program run"
+            )
+        numbers.append({i: place[name] for i, name in table.identifiers.items()})
+    return numbers
 
 
 def read_observations(
