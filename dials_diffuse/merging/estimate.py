@@ -4,10 +4,14 @@
 
 with the counts N (photons), the background B and its variance V, and the normalisation
 M. The error model of scaling gives a, and F = Σ (b M)² over the observations; without it
-a = 1 and F = 0. Where tables of different error models are merged, a is the largest, and
-the variances of each row, in V, F and with r in N', are multiplied by the square of its own
-a over the largest. Sums of counts are Poisson distributed however few they are, so I is unbiased; no
-single count ever serves as a weight.
+a = 1, F = 0 and r = 1. Sums of counts are Poisson distributed however few they are, so I is
+unbiased; no single count ever serves as a weight.
+
+Where tables of different error models are merged, a is the largest, and all variances of a
+row are multiplied by r_i = (a_i/a)²: its parts of V, of F, and of the counts. Of these
+M_i I + B_i are expected, so that
+
+    r N' = r_s (N' - B) + r_b B,    r_s = Σ r_i M_i / M,    r_b = Σ r_i B_i / B
 
 N' stands for the expected counts, of which N is an estimate, and a useless one near
 zero: N = 0 would say that the voxel is known exactly. Where N is less than the mean E of
@@ -22,6 +26,8 @@ for E << 1, and to one photon for E >> 1.
 """
 
 from __future__ import annotations
+
+from typing import Sequence
 
 import numpy as np
 
@@ -103,7 +109,8 @@ def sigma(
     rate: np.ndarray,
     scatter: np.ndarray | float = 0.0,
     a: float = 1.0,
-    counting: np.ndarray | float = 1.0,
+    background: np.ndarray | float = 0.0,
+    counting: Sequence[np.ndarray | float] = (1.0, 1.0),
 ) -> np.ndarray:
     """Standard error of the intensity, a √(r N' + V + F I²) / M, NaN where M is zero.
 
@@ -111,11 +118,16 @@ def sigma(
         rate: ``shell_rate`` of the shell in which the voxel lies.
         scatter: F I², photons².
         a: Of the error model.
-        counting: r.
+        background: B, photons; it matters only where r_s and r_b differ.
+        counting: r_s and r_b.
     """
     observed = normalisation > 0
     m = np.where(observed, normalisation, 1.0)
-    n = counting * expected_counts(counts, m * rate)
+    n = expected_counts(counts, m * rate)
+    below = np.maximum(background, 0.0)
+    above = np.maximum(n - below, 0.0)
+    total = np.maximum(above + below, np.finfo(float).tiny)
+    n = n * (counting[0] * above + counting[1] * below) / total
     return np.where(
         observed, a * np.sqrt(n + background_variance + scatter) / m, np.nan
     )

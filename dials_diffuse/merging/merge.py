@@ -152,9 +152,9 @@ def sum_observations(
         store: Gets the voxels that were observed.
 
     Returns:
-        Place among all unique voxels of the observed ones, ascending; and r of
-        ``estimate`` of the map and its halves, float32, shape (3, n), None if the tables
-        have the same a.
+        Place among all unique voxels of the observed ones, ascending; and the mean r of
+        signal and background (see ``estimate``) of the map and its halves, float32,
+        shape (2, 3, n), None if the tables have the same a.
     """
     grid = tables[0].grid
     names = names_of_sums(tables)
@@ -172,7 +172,7 @@ def sum_observations(
             n_added += accumulator.add(observations, number, half)
         for places, halves in accumulator.observed():
             observed.append(places)
-            if sums.COUNTING in halves:
+            if sums.COUNTING[0] in halves:
                 counting.append(_counting(halves))
             _append(sums.unpack(voxels[places]), halves, grid, store)
         del accumulator  # before the next is made
@@ -183,16 +183,24 @@ def sum_observations(
         )
     return (
         np.concatenate(observed),
-        np.concatenate(counting, axis=1) if counting else None,
+        np.concatenate(counting, axis=-1) if counting else None,
     )
 
 
 def _counting(halves: dict[str, np.ndarray]) -> np.ndarray:
-    """r of all observations and of each half; takes their sums from among the others."""
-    weight, norm = halves.pop(sums.COUNTING), halves["normalisation"]
-    weight, norm = (np.vstack([x.sum(axis=0), x]) for x in (weight, norm))
-    found = np.divide(weight, norm, out=np.ones(weight.shape), where=norm > 0)
-    return found.astype(np.float32)
+    """Mean r of signal and background; takes their sums from among the others.
+
+    Returns:
+        Of all observations and of each half, shape (2, 3, n).
+    """
+    result = []
+    for name, weight in zip(sums.COUNTING, ("normalisation", "background")):
+        weighted, weights = (
+            np.vstack([x.sum(axis=0), x]) for x in (halves.pop(name), halves[weight])
+        )
+        one = np.ones(weights.shape)
+        result.append(np.divide(weighted, weights, out=one, where=weights > 0))
+    return np.array(result, dtype=np.float32)
 
 
 def _s_limit(grid: Grid) -> float:
@@ -237,7 +245,8 @@ def estimate_intensities(
         grid: The grid.
         store: Has the sums, gets the intensities and errors.
         a: Of the error model of scaling.
-        counting: r of ``estimate``, of the map and its halves, shape (3, n); 1 if None.
+        counting: Mean r of signal and background (see ``estimate``), of the map and its
+            halves, shape (2, 3, n); 1 if None.
 
     Returns:
         Mean of the three intensities in shells of 0.01 Å⁻¹.
@@ -260,7 +269,10 @@ def estimate_intensities(
                 rate[estimate.thin_shell(s)],
                 block[p + "fractional"] * np.maximum(intensity, 0) ** 2,
                 a,
-                1.0 if counting is None else counting[number, start : start + len(s)],
+                block[p + "background"],
+                (1.0, 1.0)
+                if counting is None
+                else counting[:, number, start : start + len(s)],
             )
         store.update(start, result)
         mean.add(s, result)

@@ -210,7 +210,7 @@ def usable_rows(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def names_of_sums(tables: Sequence[ObservationTable]) -> tuple[str, ...]:
     """What ``read_observations`` sums up."""
     differ = len({error_model(table).a for table in tables}) > 1
-    return (*sums.SUMS, sums.COUNTING) if differ else sums.SUMS
+    return (*sums.SUMS, *sums.COUNTING) if differ else sums.SUMS
 
 
 def asu_voxels(index: np.ndarray, laue_group: str) -> np.ndarray:
@@ -261,6 +261,7 @@ def _sums_of_rows(
         "background_variance": ratio * rows["background.sum.variance"],
         "normalisation": normalisation,
         "fractional": ratio * (model.b * normalisation) ** 2,
-        sums.COUNTING: ratio * normalisation,
+        sums.COUNTING[0]: ratio * normalisation,
+        sums.COUNTING[1]: ratio * background,
         "n_pixels": rows["num_pixels.valid"],
     }

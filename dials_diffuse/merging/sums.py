@@ -30,9 +30,10 @@ SUMS = (
     "n_pixels",
 )
 
-# Summed like these, but not stored: Σ r M, by which counts scatter more or less than those
-# of the table with the largest a of an error model, r = (a/a_max)².
-COUNTING = "counting"
+# Summed like these, but not stored: Σ r M and Σ r B, r = (a/a_max)², by which the counts of
+# signal and background scatter less than those of the table with the largest a of an error
+# model.
+COUNTING = ("counting_signal", "counting_background")
 
 # Unique voxels that are handled at once.
 VOXELS_PER_BLOCK = 1 << 20

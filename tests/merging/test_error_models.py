@@ -12,15 +12,16 @@ from dials_diffuse.io.maps import read_map
 
 GRID = Grid((20.0, 20.0, 30.0, 90.0, 90.0, 90.0), (2, 2, 2), "P 4w", 2.5)
 MODELS = [(1.5, 0.05), (0.8, 0.2)]
+BACKGROUNDS = [(10, 50), (3000, 9000)]  # photons of a row
 
 
 def make_rows(seed: int) -> dict[str, np.ndarray]:
-    """Bright observations of the same voxels, the first table with more of them."""
+    """Bright observations of the same voxels, those of the tables on other backgrounds."""
     rng = np.random.default_rng(seed)
     index = GRID.asu_indices()
     n = len(index)
     norm = rng.uniform(1, 3, n)
-    base = rng.uniform(10, 50, n)
+    base = rng.uniform(*BACKGROUNDS[seed - 1], n)
     return {
         "miller_index": index,
         "id": np.zeros(n, dtype=int),
