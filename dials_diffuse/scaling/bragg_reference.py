@@ -120,10 +120,9 @@ def _as_rows(
     variance = flumpy.to_numpy(table["intensity.sum.variance"])
     norm = PRECISE * np.abs(value) / variance + 1 / np.sqrt(variance)
     keep = ~reader.is_excluded(experiment, xyz[:, 2])
+    unique = asu_voxels(index, grid.laue_group)
     return Rows(
-        voxel=~asu_voxels(index, grid.laue_group)[
-            keep
-        ],  # negative: beside those of the voxels
+        voxel=~unique[keep],  # negative: beside those of the voxels
         experiment=experiment[keep].astype(np.int32),
         counts=(value * norm)[keep].astype(np.float32),
         background=np.zeros(keep.sum(), np.float32),

@@ -51,7 +51,7 @@ MAX_ANGLE = 1.0  # degrees
 # Bragg exclusions that leave out whole voxels, or nothing
 LEAVE_VOXELS_WHOLE = ("none", "statistical")
 CUT_POINTS = 9  # along each edge of a voxel, to see whether an ellipsoid cuts it
-FEWER_POINTS = (1, 3, 5)  # the same, tried in turn, where it is not periodic
+GROWING_POINTS = (1, 3, CUT_POINTS)  # tried in turn, where it is not periodic
 CHUNK = 1_000_000  # points at a time
 
 MAX_ROUNDS = 50  # of the fit of the scale
@@ -440,7 +440,8 @@ def is_cut(grid: Grid, index: np.ndarray, exclusion: Sequence[float]) -> np.ndar
     points = np.stack(np.meshgrid(across, across, across), axis=-1).reshape(-1, 3)
     # what happens to a voxel depends only on its place in the reciprocal cell
     places, number = np.unique(index % ndiv, axis=0, return_inverse=True)
-    inside = is_excluded((places[:, None, :] + points) / ndiv, exclusion)
+    hkl = (places[:, None, :] + points) / ndiv
+    inside = ExclusionRegion(tuple(exclusion)).is_inside(hkl, np.zeros(hkl.shape[:-1]))
     return inside.any(axis=1)[number.ravel()]
 
 
@@ -463,7 +464,7 @@ def is_cut_by_region(
     open_ones = np.flatnonzero(_may_be_cut(grid, index, region))
     cut = np.zeros(len(index), dtype=bool)
     b = np.array(grid.cell.fractionalization_matrix()).reshape(3, 3)
-    for n_points in FEWER_POINTS:
+    for n_points in GROWING_POINTS:
         across = np.linspace(-0.5, 0.5, n_points) if n_points > 1 else np.zeros(1)
         points = np.stack(np.meshgrid(across, across, across), axis=-1).reshape(-1, 3)
         for part in np.array_split(
@@ -494,14 +495,6 @@ def _may_be_cut(grid: Grid, index: np.ndarray, region: ExclusionRegion) -> np.nd
     # a part of the voxel may be nearest to another lattice point than its centre
     away = np.min([length2(dh - np.sign(dh) * (n > 0)) for n in signs], axis=0)
     return np.sqrt(away) < np.sqrt(1 + region.growth * s**2) + reach
-
-
-def is_excluded(hkl: np.ndarray, exclusion: Sequence[float]) -> np.ndarray:
-    """Whether fractional Miller indices, shape (..., 3), lie in an ellipsoid."""
-    g11, g22, g33, g12, g13, g23 = exclusion
-    metric = np.array([[g11, g12, g13], [g12, g22, g23], [g13, g23, g33]])
-    delta = hkl - np.rint(hkl)
-    return np.einsum("...i,ij,...j->...", delta, metric, delta) < 1
 
 
 def fit_scale(voxels: MatchedVoxels) -> tuple[float, float]:

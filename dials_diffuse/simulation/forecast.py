@@ -32,6 +32,7 @@ from dials_diffuse.extraction.extract import extract
 from dials_diffuse.extraction.settings import (
     BraggSettings,
     CorrectionSettings,
+    ExclusionRegion,
     ExtractionSettings,
 )
 from dials_diffuse.grid import Grid
@@ -39,7 +40,7 @@ from dials_diffuse.io.maps import MapWriter, read_map
 from dials_diffuse.io.observations import ObservationFile
 from dials_diffuse.merging.merge import MergingSettings, merge
 from dials_diffuse.merging.statistics import IsotropicMean, shell_edges, shell_number
-from dials_diffuse.simulation.comparison import is_cut, is_excluded
+from dials_diffuse.simulation.comparison import is_cut
 from dials_diffuse.simulation.exposure import air_rate
 from dials_diffuse.simulation.sample import Sample
 from dials_diffuse.simulation.simulate import Simulation
@@ -164,12 +165,13 @@ def expected_means(sample: Sample, grid: Grid, index: np.ndarray) -> np.ndarray:
     """
     result = true_voxels(sample, grid, index)["intensity"]
     metric = BraggSettings().metric(grid.cell, grid.rotations)
+    region = ExclusionRegion(metric)
     cut = np.flatnonzero(is_cut(grid, index, metric))
     across = (np.arange(CUT_POINTS) + 0.5) / CUT_POINTS - 0.5
     points = np.stack(np.meshgrid(across, across, across), axis=-1).reshape(-1, 3)
     for block in np.array_split(cut, 1 + len(cut) // CUT_BLOCK):
         hkl = (index[block, None, :] + points) / np.array(grid.ndiv)
-        left = ~is_excluded(hkl, metric)
+        left = ~region.is_inside(hkl, np.zeros(hkl.shape[:-1]))
         values = sample.diffuse(hkl.reshape(-1, 3).T).reshape(left.shape)
         isotropic = sample.isotropic(grid.s(index[block]))
         total = np.sum(values * left, axis=1)

@@ -1,6 +1,7 @@
 /* Bindings of the sums for scaling. */
 #include <boost/python.hpp>
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
 
 #include <scitbx/array_family/boost_python/flex_fwd.h>
@@ -59,6 +60,13 @@ namespace dials_diffuse { namespace boost_python {
       if (intensity.size() != n_groups() || weight.size() != n_groups())
         throw std::invalid_argument(
           "an intensity and a weight are needed for each group");
+      for (std::size_t i = 0; i < weight.size(); ++i) {
+        const bool known = weight[i] > 0;
+        if (!std::isfinite(weight[i]) || weight[i] < 0
+            || (known && !std::isfinite(intensity[i])))
+          throw std::invalid_argument(
+            "weights must be finite and not negative, and intensities finite");
+      }
       reference_ = intensity;
       reference_weight_ = weight;
     }

@@ -252,3 +252,21 @@ def test_wrong_arrays():
         block.evaluate([one])
     with pytest.raises(ValueError, match="a value is needed for each cell"):
         block.responses([one])
+
+
+@pytest.mark.parametrize("weight", [np.nan, np.inf, -1.0])
+def test_weights_of_a_reference_that_spoil_all_sums(weight):
+    block = make_case(False).block()
+    weights = np.ones(len(SIZES), dtype=np.float32)
+    weights[2] = weight
+    intensity = np.ones(len(SIZES), dtype=np.float32)
+    with pytest.raises(ValueError, match="weights must be finite"):
+        block.set_reference(*map(flumpy.from_numpy, (intensity, weights)))
+
+
+def test_intensity_of_a_reference_that_spoils_all_sums():
+    block = make_case(False).block()
+    intensity = np.full(len(SIZES), np.nan, dtype=np.float32)
+    weights = np.ones(len(SIZES), dtype=np.float32)
+    with pytest.raises(ValueError, match="intensities finite"):
+        block.set_reference(*map(flumpy.from_numpy, (intensity, weights)))
