@@ -60,10 +60,10 @@ namespace dials_diffuse { namespace boost_python {
       if (intensity.size() != n_groups() || weight.size() != n_groups())
         throw std::invalid_argument(
           "an intensity and a weight are needed for each group");
+      // isfinite first: where cctbx traps floating-point exceptions, NaN > 0 is one
       for (std::size_t i = 0; i < weight.size(); ++i) {
-        const bool known = weight[i] > 0;
         if (!std::isfinite(weight[i]) || weight[i] < 0
-            || (known && !std::isfinite(intensity[i])))
+            || (weight[i] > 0 && !std::isfinite(intensity[i])))
           throw std::invalid_argument(
             "weights must be finite and not negative, and intensities finite");
       }

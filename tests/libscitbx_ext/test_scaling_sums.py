@@ -254,19 +254,19 @@ def test_wrong_arrays():
         block.responses([one])
 
 
-@pytest.mark.parametrize("weight", [np.nan, np.inf, -1.0])
-def test_weights_of_a_reference_that_spoil_all_sums(weight):
+@pytest.mark.parametrize(
+    "intensity, weight, message",
+    [
+        (1.0, np.nan, "weights must be finite"),
+        (1.0, np.inf, "weights must be finite"),
+        (1.0, -1.0, "weights must be finite"),
+        (np.nan, 1.0, "intensities finite"),
+    ],
+)
+def test_reference_that_would_spoil_all_sums(intensity, weight, message):
     block = make_case(False).block()
-    weights = np.ones(len(SIZES), dtype=np.float32)
-    weights[2] = weight
-    intensity = np.ones(len(SIZES), dtype=np.float32)
-    with pytest.raises(ValueError, match="weights must be finite"):
-        block.set_reference(*map(flumpy.from_numpy, (intensity, weights)))
-
-
-def test_intensity_of_a_reference_that_spoils_all_sums():
-    block = make_case(False).block()
-    intensity = np.full(len(SIZES), np.nan, dtype=np.float32)
-    weights = np.ones(len(SIZES), dtype=np.float32)
-    with pytest.raises(ValueError, match="intensities finite"):
-        block.set_reference(*map(flumpy.from_numpy, (intensity, weights)))
+    values = np.ones((2, len(SIZES)), dtype=np.float32)
+    values[:, 2] = intensity, weight
+    arrays = [flumpy.from_numpy(x.copy()) for x in values]  # must outlive the error
+    with pytest.raises(ValueError, match=message):
+        block.set_reference(*arrays)
