@@ -157,6 +157,8 @@ def write_output(
             prepared.rejected,
             take_peaks,
         )
+    if take_peaks is not None and take_peaks.is_full:
+        params.output.bragg = None  # nor is it in the report
     logger.info("Wrote the experiments to %s", expt_name)
     logger.info("Wrote the observations to %s", refl_name)
     if params.output.bragg and found.peaks.n_peaks:

@@ -54,7 +54,7 @@ from dials_diffuse.report.scaling import scaling_record
 from dials_diffuse.report.scaling_plots import render_page
 from dials_diffuse.scaling.apply import count, flag_outliers, scaled_rows
 from dials_diffuse.scaling.block import ImageRange, RowReader
-from dials_diffuse.scaling.excluded import block_widths, parse_excluded
+from dials_diffuse.scaling.excluded import parse_excluded, read_blocks
 from dials_diffuse.scaling.models import scaling_models
 from dials_diffuse.scaling.reference import read_reference
 from dials_diffuse.scaling.result import Scaling
@@ -140,7 +140,7 @@ def scale_experiments(
     """Scale, and once more without the experiments that do not agree with the rest."""
     numbers = experiment_numbers(experiments, tables)
     excluded = parse_excluded(
-        given(params.exclude_images), experiments, block_widths(tables, numbers)
+        given(params.exclude_images), experiments, read_blocks(tables, numbers)
     )
     reference = None
     if params.reference:
@@ -178,13 +178,14 @@ def contributions_of(scaling: Scaling) -> dict[str, Gain]:
 def log_result(scaling: Scaling, contributions: Mapping[str, Gain]) -> None:
     """Scales and correlations of the experiments, terms that were switched off."""
     scales = scaling.experiment_scales()
-    logger.info(
-        "Scales of %d experiments: %.3f to %.3f, rms deviation from 1 %.3f",
-        len(scales),
-        scales.min(),
-        scales.max(),
-        np.sqrt(np.mean((scales - 1) ** 2)),
-    )
+    if len(scales) > 1:
+        logger.info(
+            "Mean scales of %d experiments: %.3f to %.3f, rms deviation from 1 %.3f",
+            len(scales),
+            scales.min(),
+            scales.max(),
+            np.sqrt(np.mean((scales - 1) ** 2)),
+        )
     if contributions:
         rows = [
             (
@@ -213,10 +214,6 @@ def write_output(
 ) -> None:
     """Write scaled observations and the experiments with their models."""
     identifiers = dict(enumerate(experiments.identifiers()))
-    # What the next scaling must know of the extraction, to leave out images.
-    widths = set(block_widths(reader.tables, reader.numbers).values())
-    if len(widths) == 1:
-        phil += f"block_width = {widths.pop():g}\n"
     folder = os.path.dirname(os.path.realpath(params.output.reflections))
     with contextlib.ExitStack() as stack:
         outliers = None
@@ -236,6 +233,9 @@ def write_output(
                 "dials.diffuse_scale",
             )
         )
+        blocks = read_blocks(reader.tables, reader.numbers)
+        if blocks is not None:
+            writer.write_blocks(blocks)
         writer.error_model = tuple(scaling.error_model.parameters)
         rows = scaled_rows(reader, scaling, outliers)
         count(rows, writer.append, len(experiments)).log()

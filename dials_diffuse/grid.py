@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -25,6 +26,9 @@ MAX_VOXELS = 2**31 - 1
 
 # Relative error up to which a voxel centre counts as on a resolution limit.
 ROUNDING = 1e-9
+
+# Half voxel diagonals by which voxels of grids that are taken for one may differ in s.
+SAME_PLACE = 0.005
 
 # Voxels whose s is computed at once, which bounds the memory.
 S_BLOCK = 1 << 20
@@ -113,6 +117,16 @@ class Grid:
         return tuple(
             np.arange(-n, n + 1) / div for n, div in zip(self.half_size, self.ndiv)
         )
+
+    def has_cell_of(self, other: Grid) -> bool:
+        """Whether both cells put all voxels at the same s, to less than ``SAME_PLACE``.
+
+        Cells that were refined or typed apart differ in their last digits.
+        """
+        steps = [h for h in itertools.product((-1, 0, 1), repeat=3) if any(h)]
+        d = np.array([[cell.d(h) for h in steps] for cell in (self.cell, other.cell)])
+        change = np.max(np.abs(d[0] / d[1] - 1)) / self.d_min
+        return bool(change <= SAME_PLACE * self.half_diagonal)
 
     def voxel_index(self, hkl: np.ndarray) -> np.ndarray:
         """The voxel that holds each fractional Miller index, floor(h·ndiv + 1/2)."""

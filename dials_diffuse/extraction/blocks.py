@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Collection, Hashable, Iterator
+from typing import Collection, Hashable, Iterator, Sequence
+
+import numpy as np
 
 from dxtbx.imageset import ImageSequence
 from dxtbx.model import Experiment
@@ -120,6 +122,15 @@ def make_blocks(
         for number, experiment in enumerate(experiments)
         for block in experiment_blocks(number, experiment, block_width, rejected)
     ]
+
+
+def limits_of(blocks: Sequence[Block]) -> np.ndarray:
+    """Experiment, first array index and the one after the last of each block, (n, 3)."""
+    limits = [
+        (block.experiment, block.array_indices.start, block.array_indices.stop)
+        for block in blocks
+    ]
+    return np.array(limits, dtype=np.int32).reshape(-1, 3)
 
 
 def image_identity(experiment: Experiment, array_index: int) -> Hashable:

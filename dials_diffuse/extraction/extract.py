@@ -23,7 +23,7 @@ from dials_diffuse.bragg.sums import (
     exclusion_regions,
     peak_intensities,
 )
-from dials_diffuse.extraction.blocks import Block, make_blocks
+from dials_diffuse.extraction.blocks import Block, limits_of, make_blocks
 from dials_diffuse.extraction.extras import ImageExtrasSource
 from dials_diffuse.extraction.loop import accumulate_block
 from dials_diffuse.extraction.runs import merge_runs, statistical_peaks, write_runs
@@ -230,6 +230,7 @@ def extract(
         identifiers = {i: e.identifier for i, e in enumerate(experiments)}
         paths = [path for result in results for path in result.paths]
         with ObservationWriter(path, grid, identifiers, phil, inputs) as writer:
+            writer.write_blocks(limits_of(job.blocks))
             peaks, totals, n_beyond = _merge(job, paths, writer, take_peaks)
     _report(results, len(job.blocks), writer.n_rows, n_beyond)
     if writer.n_rows == 0:

@@ -9,6 +9,7 @@ tables in HDF5, and its own writer needs the whole of them in memory.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import struct
@@ -23,6 +24,11 @@ from dxtbx.model.experiment_list import ExperimentList
 from dials.array_family import flex
 from dials_diffuse.bragg.sums import PeakIntensities
 from dials_diffuse.util.files import atomic_path
+
+logger = logging.getLogger("dials.diffuse.extract")
+
+# What msgpack can say of the length of an array, and so of a column.
+MAX_BYTES = (1 << 32) - 1
 
 
 class Column(NamedTuple):
@@ -55,6 +61,10 @@ COLUMNS: dict[str, Column] = {
 }
 
 
+class TableIsFull(ValueError):
+    """There are more peaks than a reflection table can hold."""
+
+
 class BraggWriter:
     """Writes Bragg intensities block by block.
 
@@ -79,27 +89,27 @@ class BraggWriter:
         self.n_rows = 0
 
     def append(self, peaks: PeakIntensities) -> None:
-        """Append some peaks."""
+        """Append some peaks.
+
+        Raises:
+            TableIsFull: A column would be larger than such a table can hold.
+        """
         for name, column in COLUMNS.items():
             values = np.ascontiguousarray(column.values(peaks), dtype=column.dtype)
+            if self._parts[name].tell() + values.nbytes > MAX_BYTES:
+                raise TableIsFull(
+                    f"{self.n_rows + len(peaks.id)} Bragg peaks are more than a "
+                    "reflection table can hold"
+                )
             self._parts[name].write(values.tobytes())
         self.n_rows += len(peaks.id)
 
     def close(self) -> None:
-        """Join the columns to the table.
-
-        Raises:
-            ValueError: A column is larger than such a table can hold.
-        """
+        """Join the columns to the table."""
         with self._open, open(self._path, "wb") as table:
             table.write(self._head())
             for name, part in self._parts.items():
                 size = part.tell()
-                if size >= 1 << 32:
-                    raise ValueError(
-                        f"{self.n_rows} Bragg peaks are more than a reflection table "
-                        "can hold: use output.bragg=None, or fewer images"
-                    )
                 # an array of the type and of the column: number of rows and their bytes
                 table.write(_text(name) + _array(2) + _text(COLUMNS[name].kind))
                 table.write(_array(2) + _number(self.n_rows) + _bytes_head(size))
@@ -155,28 +165,70 @@ def _bytes_head(n: int) -> bytes:
     return b"\xc6" + struct.pack(">I", n)
 
 
+class BraggTable:
+    """Takes the parts of a table of Bragg intensities; see ``bragg_table``.
+
+    Args:
+        path: The file.
+        experiments: The experiments that the ids count.
+        files: Closes what is opened here.
+
+    Attributes:
+        n_peaks: Number of peaks so far.
+        is_full: Whether they were more than a table can hold, so that there is none.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        experiments: ExperimentList,
+        files: contextlib.ExitStack,
+    ) -> None:
+        self._path, self._experiments, self._files = path, experiments, files
+        self._writer: BraggWriter | None = None
+        self.n_peaks = 0
+        self.is_full = False
+
+    def __call__(self, peaks: PeakIntensities) -> None:
+        """Append some peaks."""
+        self.n_peaks += len(peaks.id)
+        if len(peaks.id) == 0 or self.is_full:
+            return
+        if self._writer is None:
+            temporary = self._files.enter_context(atomic_path(self._path))
+            writer = BraggWriter(temporary, self._experiments)
+            self._writer = self._files.enter_context(writer)
+        try:
+            self._writer.append(peaks)
+        except TableIsFull:
+            self.is_full = True
+            # An error on the way out of the files is what removes them.
+            with contextlib.suppress(TableIsFull), self._files.pop_all():
+                raise
+
+
 @contextlib.contextmanager
 def bragg_table(
     path: str | os.PathLike, experiments: ExperimentList
-) -> Iterator[Callable[[PeakIntensities], None]]:
+) -> Iterator[BraggTable]:
     """A table of the Bragg intensities that come within the block, part by part.
 
     The file is made when the first peaks come, without any there is none. It gets its
-    name when the block ends; one that fails leaves no file.
+    name when the block ends; one that fails leaves no file. If there are more peaks than
+    a table can hold, there is a warning and no file, not even an earlier one.
 
     Yields:
-        The function to call with each part.
+        What to call with each part.
     """
-    with contextlib.ExitStack() as stack:
-        writer: BraggWriter | None = None
-
-        def append(peaks: PeakIntensities) -> None:
-            nonlocal writer
-            if len(peaks.id) == 0:
-                return
-            if writer is None:
-                temporary = stack.enter_context(atomic_path(path))
-                writer = stack.enter_context(BraggWriter(temporary, experiments))
-            writer.append(peaks)
-
-        yield append
+    with contextlib.ExitStack() as files:
+        table = BraggTable(path, experiments, files)
+        yield table
+    if table.is_full:
+        Path(path).unlink(missing_ok=True)
+        logger.warning(
+            "Warning: %d Bragg peaks are more than a reflection table can hold, so that "
+            "%s was not written. The observations have all that they should. For the "
+            "Bragg intensities extract fewer images at a time",
+            table.n_peaks,
+            path,
+        )

@@ -136,6 +136,28 @@ class ObservationWriter:
         )
         dataset.attrs["units"] = "none; growth, growth_radial, radial: angstrom^2"
 
+    def write_blocks(self, limits: np.ndarray) -> None:
+        """Write which images make up the observations.
+
+        Args:
+            limits: Of each block of images ``id`` of the experiment, array index of the
+                first image and the one after the last, shape (n, 3).
+        """
+        dataset = self._file[ROOT].create_dataset(
+            "blocks",
+            data=np.asarray(limits, dtype=np.int32),
+            chunks=(CHUNK_ROWS, 3),
+            maxshape=(None, 3),
+            shuffle=True,  # the numbers count up: next to nothing is left of them
+            compression="gzip",
+        )
+        dataset.attrs["long_name"] = (
+            "id of the experiment, first array index and the one after the last of each "
+            "block of images that makes one observation of a voxel"
+        )
+        dataset.attrs["units"] = "none, images, images"
+        self._output.check()
+
     def append(self, columns: Mapping[str, np.ndarray]) -> None:
         """Append rows: all columns, sorted, beyond the voxels written so far.
 
@@ -184,6 +206,7 @@ class ObservationFile(HDF5Input):
 
     Attributes:
         bragg_regions: What ``write_bragg_regions`` wrote, shape (n, 9); n = 0 for nothing.
+        blocks: What ``write_blocks`` wrote, shape (n, 3); None if it is not known.
 
     Raises:
         ValueError: The file is not an observation file of a known schema.
@@ -210,6 +233,9 @@ class ObservationFile(HDF5Input):
         self.bragg_regions = np.zeros((0, 9))
         if "bragg_regions" in root:
             self.bragg_regions = root["bragg_regions"][()]
+        self.blocks: np.ndarray | None = (
+            root["blocks"][()] if "blocks" in root else None
+        )
 
     def slabs(self, max_rows: int = 2_000_000) -> Iterator[tuple[int, int]]:
         """Row ranges of whole voxels with about ``max_rows`` rows at the most.

@@ -15,6 +15,7 @@ from dials_diffuse.extraction.indexing_report import least_sure
 from dials_diffuse.extraction.prepare import Prepared
 from dials_diffuse.extraction.report import format_cell
 from dials_diffuse.report.correction_plots import correction_plots
+from dials_diffuse.report.corrections import FACTORS
 from dials_diffuse.report.embedding import format_figure
 from dials_diffuse.report.image_axis import ImageAxis
 from dials_diffuse.report.plotly_page import (
@@ -36,7 +37,6 @@ from dials_diffuse.report.plotly_page import (
 SETTING_COLOURS = (BLUE, "#d9822b", GREEN, "#8e44ad", "#7f5539", "#17a2b8")
 WIDE_RANGE = 8.0  # of distances over the tolerance, from which the axis is logarithmic
 MANY_BARS = 500  # of errors, which would make a black surface
-UNITS = "photons s⁻¹ sr⁻¹"
 
 
 def plot_geometry(
@@ -94,14 +94,26 @@ def _complete(layout: Plot, axis: ImageAxis, x: Sequence[float]) -> None:
         layout.setdefault(name, []).extend(marks)
 
 
+def intensity_unit(switched_off: Sequence[str]) -> str:
+    """What intensities are in, without the factors that were not taken in."""
+    unit = "photons"
+    if FACTORS["exposure"].name not in switched_off:
+        unit += " s⁻¹"
+    solid_angle = FACTORS["solid_angle"].name not in switched_off
+    return unit + (" sr⁻¹" if solid_angle else " per pixel")
+
+
 def plot_blocks(
-    blocks: Mapping[str, Sequence[Any]], experiments: Mapping[str, Sequence[Any]]
+    blocks: Mapping[str, Sequence[Any]],
+    experiments: Mapping[str, Sequence[Any]],
+    unit: str = intensity_unit(()),
 ) -> Plot:
     """Counts, background, mean intensity and pixels of each block of images.
 
     Args:
         blocks: As of ``blocks_record``.
         experiments: See ``ImageAxis``.
+        unit: Of intensities.
     """
     axis = ImageAxis(experiments)
     middle = np.array(blocks["first_image"]) + (np.array(blocks["n_images"]) - 1) / 2
@@ -121,7 +133,7 @@ def plot_blocks(
         data.append(with_steps({**trace, "yaxis": name}))
     layout = layout_of("Counts, mean intensity and pixels", axis.label, "")
     layout["xaxis"]["anchor"] = "y3"
-    labels = ("10³ pixels per image", f"⟨I⟩ ({UNITS})", "Photons per pixel")
+    labels = ("10³ pixels per image", f"⟨I⟩ ({unit})", "Photons per pixel")
     for i, (name, label) in enumerate(zip(("yaxis3", "yaxis2", "yaxis"), labels)):
         layout[name] = {
             "title": {"text": label},
@@ -132,7 +144,9 @@ def plot_blocks(
     return {"data": data, "layout": layout}
 
 
-def plot_shells(shells: Sequence[Mapping[str, Any]]) -> dict[str, Plot]:
+def plot_shells(
+    shells: Sequence[Mapping[str, Any]], unit: str = intensity_unit(())
+) -> dict[str, Plot]:
     """Mean intensity, and counts and background, against resolution: two plots."""
     limits = [(1 / x["d_max"] if x["d_max"] else 0.0, 1 / x["d_min"]) for x in shells]
     s = np.mean(limits, axis=1).round(5).tolist()
@@ -148,7 +162,7 @@ def plot_shells(shells: Sequence[Mapping[str, Any]]) -> dict[str, Plot]:
     intensity = [trace("intensity", "mean intensity", BLUE)]
     plots = {}
     for name, title, label, data in (
-        ("shells_intensity", "Mean intensity", f"⟨I⟩ ({UNITS})", intensity),
+        ("shells_intensity", "Mean intensity", f"⟨I⟩ ({unit})", intensity),
         ("shells_counts", "Counts", "Photons per pixel", counts),
     ):
         title = f"{title} against resolution"
@@ -202,9 +216,10 @@ def plot_indexing(indexing: Mapping[str, Any]) -> Plot:
 def make_plots(record: Mapping[str, Any]) -> dict[str, Plot]:
     """The plots that a record gives, by name."""
     experiments = record["experiments"]
+    unit = intensity_unit(record["corrections"]["switched_off"])
     plots = {
-        "blocks": plot_blocks(record["blocks"], experiments),
-        **plot_shells(record["shells"]),
+        "blocks": plot_blocks(record["blocks"], experiments, unit),
+        **plot_shells(record["shells"], unit),
     }
     if record["geometry"]:
         plots["geometry"] = plot_geometry(record["geometry"], experiments)
@@ -229,6 +244,7 @@ def render_page(record: Mapping[str, Any], prepared: Prepared) -> str:
         {**make_plots(record), **plots},
         {"cell": format_cell, "significant": lambda x: format_figure(x, ".5g")},
         **record,
+        unit=intensity_unit(record["corrections"]["switched_off"]),
         detectors=detectors,
         n_detectors=n_detectors,
         worst=worst_images(geometry) if geometry else [],

@@ -3,11 +3,15 @@
 All figures are of the observations that were refined against. χ² is the sum of the squares
 of their deviations from the intensities of their voxels over what counting explains of
 them (``error_model.residuals``), so that it is 1 for Poisson counts, however few they are.
-It is given for the same observations, without the outliers, in three states:
+A map that was scaled to is one more observation of its voxels, with its own errors. χ² is
+given for the same observations, without the outliers, in three states:
 
     before        with scales only from the ratio of counts, and no other term
     after         with the model
     error_model   with the model, over the variance of the error model
+
+The χ² per degree of freedom of the refinement, as in the log, are given besides: they are
+by the weights of the refinement and, at its start, of all observations.
 
 They are added up in bins of the images, of the resolution, of the expected counts and of
 the place on the detector, so the report has the same size for any number of observations.
@@ -42,6 +46,7 @@ from dials_diffuse.scaling.error_model import (
 )
 from dials_diffuse.scaling.layout import Layout, Owner
 from dials_diffuse.scaling.model import plot_component
+from dials_diffuse.scaling.reference import Reference
 from dials_diffuse.scaling.refinement import Refiner
 from dials_diffuse.scaling.result import Scaling
 from dials_diffuse.scaling.selection import Gain, agreement, gains
@@ -219,30 +224,28 @@ class Deviations(NamedTuple):
 
 
 def find_deviations(
-    columns: Columns, used: np.ndarray, model: ErrorModel
+    columns: Columns,
+    used: np.ndarray,
+    model: ErrorModel,
+    reference: Reference | None = None,
 ) -> Deviations:
-    """Those of all observations that are used, of voxels with several of them.
+    """Those of all observations that are used, of voxels with several or of the map.
 
     Args:
         columns: As those of ``error_model.blocks_of_rows``.
         used: Which observations are.
         model: The error model.
+        reference: What a map says of each voxel, one more observation.
     """
     parts: list[tuple[np.ndarray, ...]] = []
-    for place, rows in blocks_of_rows(*columns):
+    for place, rows in blocks_of_rows(*columns, reference):
         found = residuals(rows.select(used[place]))
-        scale = found.counting_scale
-        model_scale = scale + model.b**2 * found.fractional_scale
-        variance = model.a**2 * (found.counting + model.b**2 * found.fractional)
         square = found.deviation**2
-        parts.append(
-            (
-                square / scale,
-                found.counting / scale,
-                square / model_scale,
-                variance / model_scale,
-            )
-        )
+        values: list[np.ndarray] = []
+        for errors in (ErrorModel(), model):
+            scale = found.scale(errors)
+            values += [square / scale, found.expectation(errors) / scale]
+        parts.append(tuple(values))
     return Deviations(*(np.concatenate(values) for values in zip(*parts)))
 
 
@@ -258,13 +261,16 @@ class Observations:
         used: Whether it is no outlier.
         group: Number of its voxel.
         voxel: Packed index of each voxel.
-        kept: Whether it counts for χ²: no outlier, and not the only one of its voxel.
+        kept: Whether it counts for χ²: no outlier, and not the only one of its voxel if
+            no map has that.
         before: Deviations with the scales from the ratio of counts, of those kept.
         after: The same with the model.
         expected: Expected counts, positive, photons, of all.
         above: Whether it has more counts than expected.
         columns: As those of ``error_model.blocks_of_rows``, for the model.
-        sums: Photons and their response to the intensity, of the used rows of each voxel.
+        reference: What a map that was scaled to says of each voxel.
+        sums: Photons and their response to the intensity, of the used rows of each voxel
+            and the map.
     """
 
     def __init__(self, scaling: Scaling) -> None:
@@ -283,13 +289,21 @@ class Observations:
         scale = initial_scales(scaling)[block.experiment[first:]]
         initial = block.normalisation[first:] * scale
         before = counts, initial, background, variance, limits
-        self.before = find_deviations(before, self.used, model)
-        self.after = find_deviations(self.columns, self.used, model)
+        known = refiner.reference
+        if known is not None:
+            known = known.select(np.arange(first_group, block.n_groups))
+        self.reference = known
+        self.before = find_deviations(before, self.used, model, known)
+        self.after = find_deviations(self.columns, self.used, model, known)
         n_used = np.add.reduceat(self.used.astype(np.int64), limits[:-1])
+        if known is not None:
+            n_used += known.known
         self.kept = self.used & (n_used > 1)[self.group]
         weight = (self.used | (n_used == 0)[self.group]).astype(np.float64)
         photons = np.add.reduceat((counts - base) * weight, limits[:-1])
         norm = np.add.reduceat(response * weight, limits[:-1])
+        if known is not None:
+            photons, norm = photons + known.photons, norm + known.response
         self.above = counts - base > response * (photons / norm)[self.group]
         intensity = (np.maximum(photons, 1.0) / norm)[self.group]
         self.expected = response * intensity + np.maximum(base, 0.0)
@@ -363,14 +377,20 @@ def scaling_record(
         "terms": list(scaling.components),
         "stages": _stages(scaling),
         "error_model": scaling.error_model.as_dict(),
-        "control": scaling.control,
+        "chi_square": {
+            "before": scaling.before,
+            "model": scaling.counting,
+            "error_model": scaling.after,
+            "other_voxels": scaling.control,
+        },
         "contributions": [],
         "refined_against": None,
     }
     if scaling.refiner is not None and scaling.refiner.block.voxel[-1] >= 0:
         rows, model = Observations(scaling), scaling.error_model
         record.update(_refined_record(experiments, reader, scaling, rows))
-        points = normal_probability(*rows.columns, model, ~rows.used)
+        known = rows.reference
+        points = normal_probability(*rows.columns, model, ~rows.used, reference=known)
         record["error_model"]["normal_probability"] = points._asdict()
         if contributions is None:
             contributions = gains(scaling.refiner, len(experiments))
@@ -501,7 +521,8 @@ def _resolution_record(rows: Observations, reader: RowReader) -> dict[str, Any]:
 
 def _intensity_record(rows: Observations, model: ErrorModel) -> dict[str, Any]:
     """In bins of the expected counts, those of the error model."""
-    bins = chi_square_bins(*rows.columns, model, ~rows.used)
+    known = rows.reference
+    bins = chi_square_bins(*rows.columns, model, ~rows.used, reference=known)
     n = len(bins.n_rows)
     if n == 0:
         return {"limits": [], "expected": []}

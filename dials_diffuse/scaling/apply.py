@@ -1,9 +1,9 @@
 """The scaling model applied to whole tables, in bounded memory.
 
-Outliers are judged by all observations of a voxel, which symmetry spreads over the table.
-So the rows are dealt out by voxel to files, in such portions that one fits into memory;
-the flags of the rows of each go to a file of their own. Then the tables are written as
-one, range of voxels by range of voxels.
+Outliers are judged by all observations of a voxel, which symmetry spreads over the table,
+and by a map that was scaled to. So the rows are dealt out by voxel to files, in such
+portions that one fits into memory; the flags of the rows of each go to a file of their
+own. Then the tables are written as one, range of voxels by range of voxels.
 """
 
 from __future__ import annotations
@@ -88,10 +88,11 @@ def flag_outliers(
 
     Args:
         reader: Of the observations.
-        scaling: The model.
+        scaling: The model, which has been refined.
         threshold: Deviation from which on an observation is an outlier.
         folder: For temporary files.
     """
+    known = scaling.refiner.map
     flags = []
     for i, table in enumerate(reader.tables):
         shape = (max(table.n_rows, 1),)
@@ -113,6 +114,7 @@ def flag_outliers(
             np.append(first, len(rows)).astype(np.int64),
             threshold=threshold,
             error_model=scaling.error_model,
+            reference=None if known is None else known.of(rows["voxel"][first]),
         )
         for i, flag in enumerate(flags):
             mine = outlier & (rows["table"] == i)

@@ -107,7 +107,8 @@ def find_views(experiments: Sequence[Experiment]) -> tuple[list[View], list[int]
     """The views that differ, and the place of that of each experiment among them.
 
     Most experiments share both models with the one before. Detectors of the same numbers,
-    read from different files, are the same.
+    read from different files, are the same; ``==`` of detectors has tolerances, so that
+    what is equal would depend on the order.
     """
     detectors: dict[str, int] = {}
     views: dict[tuple[int, tuple[float, float, float]], int] = {}
@@ -116,7 +117,7 @@ def find_views(experiments: Sequence[Experiment]) -> tuple[list[View], list[int]
     number = -1
     for experiment in experiments:
         detector = experiment.detector
-        if last is None or not (detector is last or detector == last):
+        if detector is not last:
             key = json.dumps(detector.to_dict(), sort_keys=True)
             number = detectors.setdefault(key, len(detectors))
             last = detector

@@ -8,9 +8,9 @@ of them have in common goes into its intensity. Random parameters p, each with t
 
 with the weight v that a reference map has in the voxel, is on average the trace of the
 matrix of second derivatives (Hutchinson 1990, https://doi.org/10.1080/03610919008812866),
-so the n parameters that have observations have a standard error of about sqrt(n/q) each. A sweep of 10° with few equivalents has
-millions of observations of voxels on neighbouring images, and yet determines no surface:
-t is nearly the same for all rows of a voxel.
+so the n parameters that have observations have a standard error of about sqrt(n/q) each.
+A sweep of 10° with few equivalents has millions of observations of voxels on neighbouring
+images, and yet determines no surface: t is nearly the same for all rows of a voxel.
 """
 
 from __future__ import annotations

@@ -11,6 +11,10 @@ https://doi.org/10.1107/S0907444913000061), here written for counts:
 σ² holds expected counts, never those of the row itself, and the variance v of the base.
 The expectation of the square of a deviation is known however few the counts are: for
 Poisson counts, given their sum T in a group, it is T p (1 - p) with the row's share p.
+
+A map to scale to (``reference``) is one more row of each group that it knows, and a single
+row can be compared with it. Its errors are given: they enter the expectations as they are,
+without a and b, and its own deviations are not asked for.
 """
 
 from __future__ import annotations
@@ -24,12 +28,14 @@ from scipy.stats import norm
 
 if TYPE_CHECKING:
     from dials.algorithms.scaling.error_model.error_model import BasicErrorModel
+    from dials_diffuse.scaling.reference import Reference
 
 logger = logging.getLogger("dials.diffuse.scale")
 
 ROWS_PER_BLOCK = 1 << 18
 MAX_ROWS = 1_000_000  # enough for a and b, and for a plot
 MIN_DEGREES = 250  # of freedom, to determine a model or to make a bin; as in DIALS
+MAX_GIVEN = 1.0  # of a map, over the variance of counting: more tells nothing of a
 MIN_A = 0.4  # as in DIALS: less is no scatter of counts, but a wrong gain
 MIN_SIGNIFICANCE = 3.0  # of b², in standard errors
 NORMAL_COUNTS = 20.0  # of so many expected counts the tails are nearly normal
@@ -116,6 +122,7 @@ class Rows(NamedTuple):
         base: Expected photons that are not signal.
         variance: v, variance of the base, photons².
         group: Number of the group, ascending.
+        reference: What a map says of the group of each row.
     """
 
     counts: np.ndarray
@@ -123,10 +130,12 @@ class Rows(NamedTuple):
     base: np.ndarray
     variance: np.ndarray
     group: np.ndarray
+    reference: Reference | None = None
 
     def select(self, use: np.ndarray) -> Rows:
         """Some of the rows."""
-        return Rows(*(column[use] for column in self))
+        known = None if self.reference is None else self.reference.select(use)
+        return Rows(*(column[use] for column in self[:5]), known)
 
     def total(self, values: np.ndarray) -> np.ndarray:
         """Sum of the values over the group of each row."""
@@ -136,6 +145,26 @@ class Rows(NamedTuple):
         """Number of rows in the group of each row."""
         return np.bincount(self.group)[self.group]
 
+    @property
+    def known(self) -> np.ndarray:
+        """Whether a map has the voxel of each row."""
+        if self.reference is None:
+            return np.zeros(len(self.group), dtype=bool)
+        return self.reference.known
+
+    def of_map(self) -> tuple[np.ndarray, ...]:
+        """The map as a row of the group of each row, zeros where it says nothing.
+
+        Returns:
+            m I and m, photons less base and the response; the base, as many photons as
+            have the variance of what is not signal; and the square of the relative error.
+        """
+        known = self.reference
+        if known is None:
+            return (np.zeros(len(self.group)),) * 4
+        base = known.response**2 * known.base
+        return known.photons, known.response, base, known.fractional
+
 
 def blocks_of_rows(
     counts: np.ndarray,
@@ -143,12 +172,14 @@ def blocks_of_rows(
     base: np.ndarray,
     variance: np.ndarray,
     start: np.ndarray,
+    reference: Reference | None = None,
 ) -> Iterator[tuple[slice, Rows]]:
     """Some whole groups at a time: their place among all rows, and the rows.
 
     Args:
         counts, response, base, variance: Columns of ``Rows``, sorted by group.
         start: First row of each group and, last, the number of rows, int64.
+        reference: What a map says of each group.
 
     Raises:
         ValueError: Columns of different lengths, limits that do not fit them, or a
@@ -168,7 +199,9 @@ def blocks_of_rows(
         last = max(first + 1, int(last))
         place = slice(int(start[first]), int(start[last]))
         group = np.repeat(np.arange(last - first), sizes[first:last])
-        rows = Rows(*(column[place].astype(np.float64) for column in columns), group)
+        known = None if reference is None else reference.select(first + group)
+        own = (column[place].astype(np.float64) for column in columns)
+        rows = Rows(*own, group, known)
         if not np.all(rows.response > 0):
             raise ValueError(
                 "The response of each row (normalisation times inverse scale factor) "
@@ -192,6 +225,8 @@ class Residuals(NamedTuple):
         expected: Counts N that are expected, positive, photons.
         variance: σ² = expected + v, photons².
         leverage: x / Σx, the share of the row in I.
+        given: Estimate of what the errors of a map add to the variance, photons².
+        given_scale: The same as it should be, not negative.
     """
 
     deviation: np.ndarray
@@ -202,34 +237,55 @@ class Residuals(NamedTuple):
     expected: np.ndarray
     variance: np.ndarray
     leverage: np.ndarray
+    given: np.ndarray
+    given_scale: np.ndarray
 
     def select(self, use: np.ndarray) -> Residuals:
         """Some of the residuals."""
         return Residuals(*(column[use] for column in self))
 
+    def expectation(self, model: ErrorModel) -> np.ndarray:
+        """Unbiased estimate of the square of each deviation, photons²."""
+        own = self.counting + model.b**2 * self.fractional
+        return model.a**2 * own + self.given
+
+    def scale(self, model: ErrorModel) -> np.ndarray:
+        """The same as it should be, positive, for weights."""
+        own = self.counting_scale + model.b**2 * self.fractional_scale
+        return model.a**2 * own + self.given_scale
+
 
 def residuals(rows: Rows) -> Residuals:
-    """Deviations of rows from their groups, of those of several rows.
+    """Deviations of rows from their groups, of those of several rows or with a map.
 
     I is a sum over the group, the row itself included, with h = x / Σx:
 
         var(N_i - base_i - x_i I) = (1 - 2 h_i) var(N_i) + h_i² Σ var(N)
 
+    The sums are over a map too, whose share h_i² var of the variance is ``given``.
+
     The estimates of the variance are linear in the counts and unbiased, but may be zero,
     where a group has no counts, or even negative. For weights and bins, which need
     something positive, no group is taken to be weaker than one photon.
     """
-    rows = rows.select(rows.size() > 1)
-    h = rows.response / rows.total(rows.response)
-    photons = rows.total(rows.counts - rows.base)
+    rows = rows.select((rows.size() > 1) | rows.known)
+    map_photons, map_response, map_base, map_fractional = rows.of_map()
+    total = rows.total(rows.response) + map_response
+    h, map_h = rows.response / total, map_response / total
+    photons = rows.total(rows.counts - rows.base) + map_photons
 
     def of_residual(variance: np.ndarray) -> np.ndarray:
         return (1 - 2 * h) * variance + h**2 * rows.total(variance)
 
     signal, positive = h * photons, h * np.maximum(photons, 1.0)
     variance = signal + rows.base + rows.variance
+    map_signal = map_h * photons
+    of_map = map_signal + map_base
     # The square of an estimate is too large by its variance.
-    square = signal**2 - h**2 * rows.total(variance)
+    excess = rows.total(variance) + of_map + map_fractional * map_signal**2
+    square, map_square = signal**2 - h**2 * excess, map_signal**2 - map_h**2 * excess
+    map_positive = map_h * np.maximum(photons, 1.0)
+    map_scale = map_positive + map_base + map_fractional * map_positive**2
     expected = positive + np.maximum(rows.base, 0.0)
     return Residuals(
         deviation=rows.counts - rows.base - signal,
@@ -240,16 +296,21 @@ def residuals(rows: Rows) -> Residuals:
         expected=expected,
         variance=expected + rows.variance,
         leverage=h,
+        given=h**2 * (of_map + map_fractional * map_square),
+        given_scale=h**2 * map_scale,
     )
 
 
 def _blocks_of_residuals(
-    columns: tuple[np.ndarray, ...], outliers: np.ndarray | None, max_rows: int | None
+    columns: tuple[np.ndarray, ...],
+    outliers: np.ndarray | None,
+    max_rows: int | None,
+    reference: Reference | None,
 ) -> Iterator[Residuals]:
     """The residuals of all groups, or of a random choice of about ``max_rows`` rows."""
     rng = np.random.default_rng(7)
     share = 1.0 if max_rows is None else max_rows / max(len(columns[0]), 1)
-    for place, rows in blocks_of_rows(*columns):
+    for place, rows in blocks_of_rows(*columns, reference):
         use = np.ones(len(rows.group), dtype=bool)
         if outliers is not None:
             use &= ~np.asarray(outliers[place], dtype=bool)
@@ -266,6 +327,7 @@ def collect_residuals(
     start: np.ndarray,
     outliers: np.ndarray | None = None,
     max_rows: int | None = MAX_ROWS,
+    reference: Reference | None = None,
 ) -> Residuals:
     """The residuals of whole groups, of about ``max_rows`` rows chosen at random.
 
@@ -273,6 +335,7 @@ def collect_residuals(
         counts, response, base, variance, start: As those of ``blocks_of_rows``.
         outliers: Rows that are left out; None for no row.
         max_rows: None for all rows.
+        reference: What a map says of each group.
 
     Raises:
         ValueError: Flags of outliers for another number of rows.
@@ -280,7 +343,7 @@ def collect_residuals(
     if outliers is not None and len(outliers) != len(counts):
         raise ValueError(f"{len(outliers)} flags of outliers for {len(counts)} rows")
     columns = (counts, response, base, variance, start)
-    parts = list(_blocks_of_residuals(columns, outliers, max_rows))
+    parts = list(_blocks_of_residuals(columns, outliers, max_rows, reference))
     if not parts:
         return Residuals(*(np.empty(0) for _ in Residuals._fields))
     return Residuals(*(np.concatenate(column) for column in zip(*parts)))
@@ -294,38 +357,54 @@ def refine_error_model(
     start: np.ndarray,
     outliers: np.ndarray | None = None,
     warn: bool = True,
+    reference: Reference | None = None,
 ) -> ErrorModel:
     """The model by which the squares of deviations are on average what they should be.
 
     Their squares are fitted by a² times the variance of counting plus (a b)² times that
-    of the fractional error, by weighted least squares. Deviations above 3 standard
-    deviations (5 for few counts) are taken for outliers that are left in, and the mean
-    square of the rest is corrected for their loss, so that it makes no difference whether
-    outliers have been rejected before. b is zero unless b² exceeds 3 standard errors.
+    of the fractional error plus what a map gives, by weighted least squares. Deviations
+    above 3 standard deviations (5 for few counts) are taken for outliers that are left in,
+    and the mean square of the rest is corrected for their loss, so that it makes no
+    difference whether outliers have been rejected before. b is zero unless b² exceeds 3
+    standard errors.
 
     Args: as those of ``collect_residuals``, and
         warn: Whether to warn of too few rows and too little scatter.
+        reference: What a map says of each group; where its errors are larger than those
+            of counting, deviations are left out.
 
     Returns:
-        The model; a = 1 and b = 0 if there are too few rows.
+        The model; a = 1 and b = 0 if there are too few rows that agree.
     """
-    found = collect_residuals(counts, response, base, variance, start, outliers)
+    columns = (counts, response, base, variance, start)
+    found = collect_residuals(*columns, outliers, reference=reference)
+    if reference is not None:
+        found = found.select(found.given_scale <= MAX_GIVEN * found.counting_scale)
     # Where no count is, there is nothing to scatter.
     counted = np.clip(found.counting / found.counting_scale, 0, 1)
     degrees = float(np.sum((1 - found.leverage) * counted))
+    level = logging.WARNING if warn else logging.DEBUG
     if degrees < MIN_DEGREES:
         logger.log(
-            logging.WARNING if warn else logging.DEBUG,
+            level,
             "Warning: the error model cannot be refined: only %d observations of voxels "
-            "seen several times, of %d in all; sigmas stay those of counting",
+            "seen several times%s, of %d in all; sigmas stay those of counting",
             len(found.leverage),
+            "" if reference is None else " or known as well from the map",
             len(counts),
         )
         return ErrorModel()
     model = fit_error_model(found)
+    if not model.is_refined:
+        logger.log(
+            level,
+            "Warning: the error model cannot be refined: all observations disagree with "
+            "the others of their voxels%s",
+            "" if reference is None else " and the map",
+        )
     if model.a <= MIN_A:
         logger.log(
-            logging.WARNING if warn else logging.DEBUG,
+            level,
             "Warning: counts scatter less than Poisson counts by more than a factor of "
             "%g: the gain of the detector may be wrong",
             MIN_A,
@@ -334,7 +413,7 @@ def refine_error_model(
 
 
 def fit_error_model(found: Residuals) -> ErrorModel:
-    """The error model of residuals, see ``refine_error_model``.
+    """The error model of residuals, see ``refine_error_model``; not refined if all deviate.
 
     It starts from the variance of counting, so that groups with gross outliers, where
     everything deviates, are left out from the beginning.
@@ -347,11 +426,13 @@ def fit_error_model(found: Residuals) -> ErrorModel:
     scales = np.stack([found.counting_scale, found.fractional_scale])
     x = np.array([1.0, 0.0])  # a², (a b)²
     for _ in range(MAX_CYCLES):
-        var = x @ scales
+        var = x @ scales + found.given_scale
         use = _is_within(found, var, x[0], few)
+        if not use.any():
+            return ErrorModel()
         # Variance of the square of a deviation; 1/σ² is the excess of a Poisson one.
         weighted = scales * use / (var**2 * (2 + 1 / found.variance))
-        last, x = x, _solve(weighted @ terms.T, weighted @ square)
+        last, x = x, _solve(weighted @ terms.T, weighted @ (square - found.given))
         if np.all(np.abs(x - last) <= CONVERGED * np.maximum(x, CONVERGED)):
             break
     # Residuals of a group depend on one another: there are fewer than their number.
@@ -360,7 +441,7 @@ def fit_error_model(found: Residuals) -> ErrorModel:
     alike = inverse[0, 1] ** 2 >= (1 - 1e-9) * inverse[0, 0] * inverse[1, 1]
     covariance = np.diag([np.inf, np.inf]) if alike else np.linalg.inv(inverse)
     if x[1] <= MIN_SIGNIFICANCE * np.sqrt(covariance[1, 1]):
-        alpha = (weighted[0] @ square) / (weighted[0] @ terms[0])
+        alpha = (weighted[0] @ (square - found.given)) / (weighted[0] @ terms[0])
         x = np.array([max(alpha, MIN_A**2), 0.0])
         covariance = np.diag([1 / inverse[0, 0], 0.0])
     return _model_of(x, covariance, int(np.sum(use)))
@@ -449,6 +530,7 @@ def chi_square_bins(
     model: ErrorModel,
     outliers: np.ndarray | None = None,
     n_bins: int = 10,
+    reference: Reference | None = None,
 ) -> ChiSquareBins:
     """Squares of deviations over their variances, before and after an error model.
 
@@ -458,23 +540,23 @@ def chi_square_bins(
     Args: as those of ``collect_residuals``, and
         model: The error model.
         n_bins: Number of bins, at most.
+        reference: What a map says of each group.
     """
     n_fine = len(FINE_BINS) - 1
     sums = np.zeros((6, n_fine))
     columns = (counts, response, base, variance, start)
-    for found in _blocks_of_residuals(columns, outliers, max_rows=None):
+    for found in _blocks_of_residuals(columns, outliers, None, reference):
         fine = np.searchsorted(FINE_BINS, found.expected, side="right") - 1
         fine = np.clip(fine, 0, n_fine - 1)
-        scale = found.counting_scale
-        model_scale = scale + model.b**2 * found.fractional_scale
+        scale, model_scale = found.scale(ErrorModel()), found.scale(model)
         square = found.deviation**2
         values_of_rows = (
             np.ones(len(fine)),
             found.expected,
             square / scale,
-            found.counting / scale,
+            found.expectation(ErrorModel()) / scale,
             square / model_scale,
-            model.a**2 * (found.counting + model.b**2 * found.fractional) / model_scale,
+            found.expectation(model) / model_scale,
         )
         for total, values in zip(sums, values_of_rows):
             total += np.bincount(fine, weights=values, minlength=n_fine)
@@ -532,6 +614,7 @@ def normal_probability(
     outliers: np.ndarray | None = None,
     min_counts: float = MIN_PLOT_COUNTS,
     n_points: int = 1000,
+    reference: Reference | None = None,
 ) -> NormalProbability:
     """Quantiles of the normalised deviations against those of a normal distribution.
 
@@ -543,11 +626,12 @@ def normal_probability(
         min_counts: Least expected counts; fewer are not normally distributed, whatever
             the error model is.
         n_points: Number of points, at most.
+        reference: What a map says of each group.
     """
-    found = collect_residuals(counts, response, base, variance, start, outliers)
+    columns = (counts, response, base, variance, start)
+    found = collect_residuals(*columns, outliers, reference=reference)
     found = found.select(found.expected >= min_counts)
-    variances = found.counting_scale + model.b**2 * found.fractional_scale
-    observed = np.sort(found.deviation / (model.a * np.sqrt(variances)))
+    observed = np.sort(found.deviation / np.sqrt(found.scale(model)))
     n = len(observed)
     if n == 0:
         return NormalProbability(observed, observed)

@@ -1,7 +1,8 @@
 """Images that the user leaves out, in the syntax of ``dials.scale``.
 
 A row is of a block of images, of which some may be left out and others not. Nothing tells
-their counts apart any more, so that a block goes as a whole.
+their counts apart any more, so that a block goes as a whole. Tables say what their blocks
+are: no one else knows which images extraction did not use, and where blocks start.
 """
 
 from __future__ import annotations
@@ -10,14 +11,12 @@ import logging
 import re
 from typing import Mapping, Sequence
 
-import h5py
+import numpy as np
 
-import libtbx.phil
 from dxtbx.model import Experiment
 
-from dials_diffuse.extraction.blocks import experiment_blocks
-from dials_diffuse.io.observations import ROOT
-from dials_diffuse.merging.observations import ObservationTable
+from dials_diffuse.io.observations import ObservationFile
+from dials_diffuse.merging.observations import lookup
 from dials_diffuse.scaling.block import ImageRange
 from dials_diffuse.util.compat import oscillation_width
 
@@ -27,7 +26,7 @@ logger = logging.getLogger("dials.diffuse.scale")
 def parse_excluded(
     texts: Sequence[str],
     experiments: Sequence[Experiment],
-    widths: Mapping[int, float] | None = None,
+    blocks: np.ndarray | None = None,
 ) -> list[ImageRange]:
     """The images that the user leaves out, whole blocks of them.
 
@@ -36,19 +35,23 @@ def parse_excluded(
             ``dials.scale``, or ``first:last`` if there is one experiment; commas or
             spaces separate several.
         experiments: The experiments.
-        widths: Rotation of a block of images of each experiment, degrees; images of
-            those without are taken one by one.
+        blocks: Number of the experiment and limits of each block of images, as from
+            ``read_blocks``; images of experiments without are taken one by one, with a
+            warning.
 
     Raises:
         ValueError: A text is not of that form, or there are no such images.
     """
     parts = (part for text in texts for part in re.split(r"[,\s]+", text) if part)
-    return [_range_of(part, experiments, widths or {}) for part in parts]
+    found = [_range_of(part, experiments) for part in parts]
+    if blocks is None:
+        blocks = np.zeros((0, 3), dtype=np.int32)
+    _warn_of_unknown(found, experiments, blocks)
+    whole = (_whole_blocks(images, blocks) for images in found)
+    return [images for images in whole if images is not None]
 
 
-def _range_of(
-    text: str, experiments: Sequence[Experiment], widths: Mapping[int, float]
-) -> ImageRange:
+def _range_of(text: str, experiments: Sequence[Experiment]) -> ImageRange:
     """The images of one text."""
     try:
         numbers = [int(field) for field in text.split(":")]
@@ -68,10 +71,10 @@ def _range_of(
             f"numbered from 0 to {len(experiments) - 1}"
         )
     if len(numbers) == 1:
-        logger.info("Experiment %d is left out", number)
         return ImageRange(number)
-    _check_images(text, *numbers[1:], experiments[number])
-    return _whole_blocks(number, *numbers[1:], experiments[number], widths.get(number))
+    first, last = numbers[1:]
+    _check_images(text, first, last, experiments[number])
+    return ImageRange(number, first - 1, last)
 
 
 def _check_images(text: str, first: int, last: int, experiment: Experiment) -> None:
@@ -92,47 +95,70 @@ def _check_images(text: str, first: int, last: int, experiment: Experiment) -> N
         )
 
 
-def _whole_blocks(
-    number: int, first: int, last: int, experiment: Experiment, width: float | None
-) -> ImageRange:
-    """The blocks that hold any of the images from the first to the last."""
-    if width is None or not oscillation_width(experiment.scan):
-        width = 0.0  # every image is a block
-    blocks = list(experiment_blocks(number, experiment, width))
-    mine = [b.array_indices for b in blocks if b.array_indices.stop >= first]
-    mine = [images for images in mine if images.start < last]
-    start, stop = mine[0].start, mine[-1].stop
+def _warn_of_unknown(
+    found: Sequence[ImageRange], experiments: Sequence[Experiment], blocks: np.ndarray
+) -> None:
+    """Warn if images may be of blocks of several, and the blocks are not known."""
+    unknown = {
+        images.experiment
+        for images in found
+        if images.first > -np.inf
+        and oscillation_width(experiments[images.experiment].scan)
+    }.difference(blocks[:, 0].tolist())
+    if unknown:
+        logger.warning(
+            "Warning: it is not known which images make up an observation (extracted "
+            "by an older version?), so that those to leave out are taken one by one: an "
+            "observation goes if the middle of its images does. Extract again to leave "
+            "out whole blocks. This concerns the experiments %s",
+            ", ".join(map(str, sorted(unknown))),
+        )
+
+
+def _whole_blocks(images: ImageRange, blocks: np.ndarray) -> ImageRange | None:
+    """The blocks that hold any of the images; None if extraction has used none of them."""
+    number, first, stop = images
+    if first == -np.inf:
+        logger.info("Experiment %d is left out", number)
+        return images
+    mine = blocks[blocks[:, 0] == number, 1:]
+    chosen = mine[(mine[:, 0] < stop) & (mine[:, 1] > first)]
+    text = f"Images {first + 1} to {stop} of experiment {number}"
+    if len(mine) == 0:
+        logger.info("%s are left out", text)
+        return images
+    if len(chosen) == 0:
+        logger.info("%s are in no observation: extraction has left them out", text)
+        return None
+    first, stop = int(chosen[:, 0].min()), int(chosen[:, 1].max())
     logger.info(
         "Images %d to %d of experiment %d are left out, %d of %d blocks",
-        start + 1,
+        first + 1,
         stop,
         number,
+        len(chosen),
         len(mine),
-        len(blocks),
     )
-    return ImageRange(number, start, stop)
+    return ImageRange(number, first, stop)
 
 
-def block_width(table: ObservationTable) -> float | None:
-    """Rotation of a block of images, degrees, by the parameters stored in a table."""
-    with h5py.File(table.path) as handle:
-        text = handle[ROOT]["phil"].asstr()[()]
-    found = libtbx.phil.parse(text).get("block_width").objects
-    return float(found[-1].extract()[0]) if found else None
-
-
-def block_widths(
-    tables: Sequence[ObservationTable], numbers: Sequence[Mapping[int, int]]
-) -> dict[int, float]:
-    """The width of the blocks of each experiment, as far as it is known.
+def read_blocks(
+    tables: Sequence[ObservationFile], numbers: Sequence[Mapping[int, int]]
+) -> np.ndarray | None:
+    """The blocks of images of all tables, as far as they say.
 
     Args:
         tables: The observations.
         numbers: For each table the number of each experiment by its ``id``.
+
+    Returns:
+        Number of the experiment, array index of the first image and the one after the
+        last of each block, int32, shape (n, 3). None if no table says.
     """
-    widths = {}
+    parts = []
     for table, own in zip(tables, numbers):
-        width = block_width(table)
-        if width is not None:
-            widths.update(dict.fromkeys(own.values(), width))
-    return widths
+        if table.blocks is not None:
+            part = table.blocks.copy()
+            part[:, 0] = lookup(own, part[:, 0], table.path)
+            parts.append(part)
+    return np.concatenate(parts) if parts else None

@@ -78,6 +78,11 @@ class Reference:
         values = (self.intensity, self.response, self.base, self.fractional)
         return Reference(voxel, *(np.where(known, x[place], 0.0) for x in values))
 
+    def select(self, place: np.ndarray) -> Reference:
+        """What it says of the voxels at some places, which may be repeated."""
+        fields = dataclasses.fields(self)
+        return Reference(*(getattr(self, field.name)[place] for field in fields))
+
     def weights(self, expected: np.ndarray) -> np.ndarray:
         """Inverse of the variance of each intensity, 0 where the map has none.
 
@@ -106,15 +111,14 @@ def read_reference(path: str | os.PathLike, grid: Grid, observed: str) -> Refere
         ValueError: Its grid is another one, or it has no photons.
     """
     voxels = read_map(path, NEEDED)
-    if (voxels.grid.unit_cell, voxels.grid.ndiv, voxels.grid.space_group) != (
-        grid.unit_cell,
-        grid.ndiv,
-        grid.space_group,
-    ):
+    for name in ("ndiv", "space_group", "unit_cell"):
+        mine, other = (getattr(g, name) for g in (grid, voxels.grid))
+        if mine == other or (name == "unit_cell" and grid.has_cell_of(voxels.grid)):
+            continue
         raise ValueError(
-            f"reference={path} has another grid than {observed}: extract the images "
-            "on the grid of the map (grid.reference_cell=given grid.unit_cell=... "
-            "grid.ndiv=...)"
+            f"reference={path} has a grid with {name}={other}, {observed} one with "
+            f"{name}={mine}: extract the images on the grid of the map "
+            "(grid.reference_cell=given grid.unit_cell=... grid.ndiv=...)"
         )
     reference = reference_from_sums(voxels)
     if not np.sum(reference.photons) > 0:
@@ -128,7 +132,10 @@ def read_reference(path: str | os.PathLike, grid: Grid, observed: str) -> Refere
 def reference_from_sums(voxels: VoxelList) -> Reference:
     """The reference of a map, from the ``NEEDED`` columns of its voxels.
 
-    a² is that which the stated σ² = a² (N' + V + F I²)/M² was made with.
+    The sums of a merged map do not say how much of the variance of its counts each table
+    gave, if tables of different error models were merged. So a² is an effective one: that
+    by which a² (N' + V + F I²)/M² is the stated σ² of the voxel. Of tables with one error
+    model it is that of the model.
     """
     good = (voxels["normalisation"] > 0) & (voxels["sigma"] > 0)
     columns = {name: voxels[name][good] for name in NEEDED}

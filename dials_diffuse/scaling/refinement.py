@@ -8,7 +8,8 @@ expects, and stay the same during a minimisation: those from the counts themselv
 draw every mean down.
 
 Components, restraints, parameter manager and minimiser are those of DIALS; instead of its
-``IhTable`` there is a block of 16 bytes and some a row, and a loop in C++ over it.
+``IhTable`` there is a block of 20 bytes and 4 for each term a row, and a loop in C++ over
+it.
 """
 
 from __future__ import annotations
@@ -79,7 +80,11 @@ class Refiner:
         block: The observations.
         components: The terms, by name; all of them have cells in the block.
         grid: The voxel grid.
-        reference: What a map to scale to says of each voxel of the block.
+        reference: A map to scale to.
+
+    Attributes:
+        map: All of that map.
+        reference: What it says of each voxel of the block.
     """
 
     def __init__(
@@ -90,7 +95,8 @@ class Refiner:
         reference: Reference | None = None,
     ) -> None:
         self.block, self.components = block, dict(components)
-        self.reference = reference
+        self.map = reference
+        self.reference = None if reference is None else reference.of(block.voxel)
         self.shell = _shells(block.voxel, grid)
         self.photons = block.counts - block.background
         self.weight = np.ones(block.n_rows, dtype=np.float32)

@@ -29,7 +29,10 @@ class Stage(NamedTuple):
 
 
 class Source(enum.Enum):
-    """Where the scale of an experiment is from."""
+    """Where the scale of an experiment is from.
+
+    Nothing tells that of one without rows, either.
+    """
 
     REFINEMENT = "refinement"
     ALL = "all observations"
@@ -48,12 +51,14 @@ class Scaling:
         stages: The minimisations.
         dropped: Terms that were switched off, and why.
         before: χ² per degree of freedom with scales only from the ratio of counts.
-        counting: That of the result without outliers, with the errors of counting.
+        counting: That of the result without outliers, with the errors of counting,
+            before the scales of experiments with few of these observations are set.
         after: The same with the error model.
         control: That of other voxels; None if all voxels were refined against.
         step: One in how many voxels was refined against.
         n_observations: Of each experiment among those refined against, in voxels that
-            others have seen too; None if nothing was refined.
+            others have seen too, and of Bragg peaks that they have seen; None if nothing
+            was refined.
         source: Where the scale of each experiment is from, a ``Source``.
     """
 

@@ -5,15 +5,21 @@
 3. The terms are refined in stages, the offset last; each is first asked whether the
    observations determine it (``determination``).
 4. All terms are refined together, with new weights, outliers and error model each time.
-5. Another choice of voxels tells whether the first was large enough.
+5. Terms whose effect hardly shows in equivalent observations are given up (``visibility``).
+6. Another choice of voxels tells whether the first was large enough.
 
-What the observations leave open is settled by the gauge: the mean scale is 1, the mean of
-the logarithm of any other factor 0, the offset as small as it can be.
+What the observations leave open is settled by the gauge: the mean scale of the rows that
+are refined against is 1, the mean of the logarithm of any other factor 0, the offset as
+small as it can be. A reference map settles all of this instead, as its own scale is 1.
+Scales of experiments with too few of these rows are set afterwards (``remaining``) and do
+not move the others: then the mean over all experiments is not 1.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 import numpy as np
@@ -45,6 +51,7 @@ from dials_diffuse.scaling.remaining import scale_remaining
 from dials_diffuse.scaling.result import Scaling, Stage
 from dials_diffuse.scaling.start import start_scales
 from dials_diffuse.scaling.terms import TERMS, Role
+from dials_diffuse.scaling.visibility import Visibility, visibility
 
 logger = logging.getLogger("dials.diffuse.scale")
 
@@ -56,6 +63,18 @@ ENOUGH = 1.05
 
 # χ² must fall by so much for each parameter of a term; noise makes it fall by 1.
 NEEDED_GAIN = 5.0
+
+# χ² per degree of freedom, by counting errors, from which on the model does not describe the
+# observations, whatever an error model makes of it.
+UNFIT = 10.0
+
+# Part of the variance of a factor that must show in differences between equivalents: of
+# true corrections of sweeps and stills 0.5 to 0.9 does, of surfaces that describe other
+# errors of a short sweep 0.03 to 0.35.
+VISIBLE = 0.4
+
+# Spread of ln(factor) that does no harm.
+HARMLESS = 1e-3
 
 # Standard error of a term that the user asks for, over the expected size of parameters.
 WEAK = 0.5
@@ -111,7 +130,14 @@ def scale(
         _drop_all(result, reader, "no voxel was observed more than once")
         return result, reader
     Session(result, reader, block, grid, params, reference).run()
-    scale_remaining(result, reader, reference)
+    outliers, path = params.outliers, os.path.realpath(params.output.reflections)
+    scale_remaining(
+        result,
+        reader,
+        reference,
+        threshold=outliers.threshold if outliers.reject else None,
+        folder=Path(os.path.dirname(path)),
+    )
     if step > 1:
         _check_choice(result, reader, step, grid, params, reference)
     return result, reader
@@ -165,30 +191,6 @@ def choice(reader: RowReader, max_rows: int | None) -> int:
     return step
 
 
-def reference_of(
-    block: ObservationBlock, reference: Reference | None, required: bool = True
-) -> Reference | None:
-    """What a reference map says of each voxel of a block.
-
-    Args:
-        block: The observations.
-        reference: The map.
-        required: Whether it must have some of the voxels.
-
-    Raises:
-        ValueError: It has none.
-    """
-    if reference is None:
-        return None
-    known = reference.of(block.voxel)
-    if required and not known.known.any():
-        raise ValueError(
-            "the reference map has no voxel in common with the observations: check that "
-            "both have the same crystal and resolution"
-        )
-    return known
-
-
 class Session:
     """The refinement of one choice of observations.
 
@@ -199,6 +201,9 @@ class Session:
         grid: The voxel grid.
         params: PHIL parameters of ``dials.diffuse_scale``.
         reference: As that of ``scale``.
+
+    Raises:
+        ValueError: The map has no voxel of the block.
     """
 
     def __init__(
@@ -212,8 +217,13 @@ class Session:
     ) -> None:
         self.result, self.reader, self.block = result, reader, block
         self.grid, self.params = grid, params
-        self.reference = reference_of(block, reference)
+        self.reference = reference
         self.refiner = self._new_refiner()
+        if reference is not None and not self.refiner.reference.known.any():
+            raise ValueError(
+                "the reference map has no voxel in common with the observations: check "
+                "that both have the same crystal and resolution"
+            )
 
     def _new_refiner(self) -> Refiner:
         self.result.refiner = Refiner(
@@ -242,6 +252,7 @@ class Session:
                 self._refine(self._refined())
             self._update_errors(warn=cycle == n_cycles)
         if self.reference is None:
+            self._give_up_hidden()
             self._settle_resolution()
         self.refiner.update_weights()
         self.result.counting = self.refiner.fit().reduced
@@ -255,6 +266,14 @@ class Session:
             self.result.counting,
             self.result.after,
         )
+        if self.result.counting > UNFIT:
+            logger.warning(
+                "Warning: equivalent observations disagree by much more than the errors of "
+                "counting (χ² %.1f with the model): check the space group, the indexing, "
+                "the gain and the masks, and whether the scale varies faster than the "
+                "knots of the model (model.scale.interval)",
+                self.result.counting,
+            )
 
     def _refined(self) -> list[str]:
         """The terms that are refined."""
@@ -282,9 +301,56 @@ class Session:
         for other, values in saved.items():
             if other in self.result.components:
                 self.result.components[other].parameters = values
-        why = f"the observations do not need it (χ² falls by {gain:.0f} with {n:.0f} "
-        self._drop(name, why + "parameters)", warn=False)
+        why = (
+            f"the observations do not need it (χ² falls by {gain:.0f} with {n:.0f} "
+            f"parameters, less than {NEEDED_GAIN:g} for each)"
+        )
+        self._drop(name, why, warn=False)
         return False
+
+    def _give_up_hidden(self) -> None:
+        """Switch terms off whose effect hardly shows, the worst first."""
+        while True:
+            found = {
+                name: self._visibility(name)
+                for name in self._refined()
+                if TERMS[name].error_limit is not None
+                and getattr(self.params.model, name).use != "yes"
+            }
+            hidden = {
+                name: v
+                for name, v in found.items()
+                if v.size > HARMLESS and v.share < VISIBLE
+            }
+            if not hidden:
+                return
+            name = min(hidden, key=lambda name: hidden[name].share)
+            self._drop(
+                name,
+                f"it would change intensities by {hidden[name].size:.1%}, and only "
+                f"{hidden[name].seen:.1%} shows in differences between equivalent "
+                "observations: more rotation or crystals would determine it",
+            )
+            self._refine(self._refined())
+            self._update_errors()
+
+    def _visibility(self, name: str) -> Visibility:
+        """Of a factor, or of an offset relative to the mean intensity of its shell."""
+        cells, weight = self.block.cells, self._weights_of_means()
+        one = np.zeros(self.block.n_rows, dtype=np.int32)
+        shell = cells.get("resolution", one)
+        if not self.result.components[name].additive:
+            factor = self.result.components[name].cell_values()[cells[name]]
+            common = [cells.get("scale", one), shell]
+            return visibility(np.log(factor), weight, self.block.group, common)
+        response, offset = (x.astype(np.float64) for x in self.refiner.responses())
+        rows = weight > 0
+        norm = np.bincount(shell, response * rows)
+        mean = np.bincount(shell, (self.refiner.photons - offset) * rows)
+        mean = np.divide(mean, norm, out=np.zeros_like(mean), where=norm > 0)[shell]
+        signal = np.maximum(response * mean, 0)
+        values = np.divide(offset, signal, out=np.zeros_like(offset), where=signal > 0)
+        return visibility(values, signal * rows, self.block.group, [shell])
 
     def _tighten_priors(self) -> None:
         """Expect of factors no more than has been found.
@@ -427,20 +493,23 @@ class Session:
         Args:
             warn: Whether to warn of what is strange about the error model.
         """
-        columns = self._columns()
+        columns = _columns(self.refiner)
+        known = self.refiner.reference
         reject = self.params.outliers.reject
         if self.params.error_model.refine:
             # It does without outliers by itself, as far as is needed to find them.
-            model = refine_error_model(*columns, warn=warn and not reject)
+            warn_now = warn and not reject
+            model = refine_error_model(*columns, warn=warn_now, reference=known)
             self.result.error_model = model
         model = self.result.error_model
         if reject:
+            threshold = self.params.outliers.threshold
             outlier = find_outliers(
-                *columns, threshold=self.params.outliers.threshold, error_model=model
+                *columns, threshold=threshold, error_model=model, reference=known
             )
             self.refiner.used = ~outlier
             if self.params.error_model.refine:
-                model = refine_error_model(*columns, outlier, warn=warn)
+                model = refine_error_model(*columns, outlier, warn, known)
                 self.result.error_model = model
         self.refiner.update_weights(model.a, model.b)
         logger.info(
@@ -450,13 +519,6 @@ class Session:
             model.a,
             model.b,
         )
-
-    def _columns(self) -> tuple[np.ndarray, ...]:
-        """What outliers and errors are judged by."""
-        response, offset = self.refiner.responses()
-        block = self.block
-        base = block.background + offset
-        return block.counts, response, base, block.variance, block.start
 
     def _refine(self, names: list[str]) -> None:
         """Refine, unless it leads astray: then the term in question is given up."""
@@ -534,6 +596,14 @@ class Session:
                         other.parameters = other.parameters * float(np.exp(shift))
 
 
+def _columns(refiner: Refiner) -> tuple[np.ndarray, ...]:
+    """What outliers and errors are judged by, as ``error_model.blocks_of_rows`` asks."""
+    response, offset = refiner.responses()
+    block = refiner.block
+    base = block.background + offset
+    return block.counts, response, base, block.variance, block.start
+
+
 def _check_choice(
     result: Scaling,
     reader: RowReader,
@@ -546,19 +616,14 @@ def _check_choice(
     block = read_block(reader, step, phase=1, single=reference is not None)
     if block.n_rows == 0:
         return
-    known = reference_of(block, reference, required=False)
-    refiner = Refiner(block, result.components, grid, known)
+    refiner = Refiner(block, result.components, grid, reference)
     model = result.error_model
     if params.outliers.reject:
-        response, offset = refiner.responses()
         refiner.used = ~find_outliers(
-            block.counts,
-            response,
-            block.background + offset,
-            block.variance,
-            block.start,
+            *_columns(refiner),
             threshold=params.outliers.threshold,
             error_model=model,
+            reference=refiner.reference,
         )
     refiner.update_weights(model.a, model.b)
     n_used, n_intensities = refiner.count_used()

@@ -26,6 +26,7 @@ from libtbx.utils import Sorry
 
 from dials.array_family import flex
 from dials_diffuse.command_line import diffuse_extract
+from dials_diffuse.io import bragg
 from dials_diffuse.io.observations import COLUMNS, ObservationFile
 
 LOG = "dials.diffuse_extract.log"
@@ -347,6 +348,28 @@ def test_report_names_images_and_warnings(stills):
 def test_no_report(stills):
     run(stills, "mp.nproc=1", "output.json=None")
     assert not [name for name in files(Path.cwd()) if name.endswith(("html", "json"))]
+
+
+def test_more_bragg_peaks_than_a_table_can_hold(stills, monkeypatch):
+    """The observations are kept; log, page and figures know that the table is not there."""
+    arguments = ("mp.nproc=1", "bragg.semi_axes=0.2", "output.html=page.html")
+    run(stills, *arguments)
+    before = read_table()
+    record = json.loads(Path("dials.diffuse_extract.json").read_text())
+    assert record["output"]["bragg"] == "bragg.refl" and Path("bragg.refl").is_file()
+    assert ", are in bragg.refl" in Path("page.html").read_text()
+    monkeypatch.setattr(bragg, "MAX_BYTES", 100)
+    log = run(stills, *arguments)
+    assert not Path("bragg.refl").exists()
+    for name, values in read_table().items():
+        np.testing.assert_array_equal(values, before[name])
+    assert "to bragg.refl" not in log
+    record = json.loads(Path("dials.diffuse_extract.json").read_text())
+    assert record["output"]["bragg"] is None
+    (warning,) = record["warnings"]
+    assert "bragg.refl was not written" in warning
+    page = Path("page.html").read_text()
+    assert ", are in bragg.refl" not in page and "bragg.refl was not written" in page
 
 
 # Wrong input

@@ -3,11 +3,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from pathlib import Path
+from typing import Collection
 
 import h5py
 import numpy as np
 import pytest
+from simulate_images import random_images, with_images
 from simulated_observations import (
+    CELLS,
     ROTATION,
     STILLS,
     draw,
@@ -19,15 +23,21 @@ from simulated_observations import (
 )
 from truth_ladder import vary
 
+from cctbx import sgtbx, uctbx
 from dxtbx.model.experiment_list import ExperimentList
 from libtbx.utils import Sorry
 
 from dials.array_family import flex
 from dials_diffuse.command_line import diffuse_merge, diffuse_scale
+from dials_diffuse.extraction.extract import extract
+from dials_diffuse.extraction.reference import make_grid
+from dials_diffuse.extraction.settings import BraggSettings, ExtractionSettings
 from dials_diffuse.io.maps import read_map
 from dials_diffuse.io.observations import SCALED_COLUMNS, ObservationFile
 from dials_diffuse.report import scaling as scaling_report
 from dials_diffuse.scaling.selection import gains
+from dials_diffuse.scaling.terms import TERMS as ALL_TERMS
+from dials_diffuse.simulation.models import make_series
 
 FLAGS = flex.reflection_table.flags
 TERMS = ("scale", "decay", "absorption", "detector", "offset")
@@ -234,7 +244,7 @@ def test_reference_of_another_grid(observed, tmp_path):
     )
     files = draw(other, tmp_path, name="other").files
     message = error([*files, "reference=merged.h5"])
-    assert "reference=merged.h5 has another grid than" in message
+    assert "reference=merged.h5 has a grid with" in message
 
 
 def test_excluded_images(observed, sweeps, tmp_path, caplog):
@@ -257,30 +267,128 @@ def test_excluded_images(observed, sweeps, tmp_path, caplog):
     assert f"{n} of {n_all} observations of experiment 1 are of images left out" in (
         caplog.text
     )
-    assert "Images 3 to 7 of experiment 1 are left out, 5 of 30 blocks" in caplog.text
+    assert "Images 3 to 7 of experiment 1 are left out" in caplog.text
 
 
-def test_blocks_of_images_are_excluded_as_a_whole(sweeps, tmp_path, caplog):
-    """Blocks of three images, as the table says, and the scaled table after it."""
-    files = draw(sweeps, tmp_path, name="sweeps").files
-    with h5py.File(files[1], "r+") as handle:
-        del handle["dials_diffuse/phil"]
-        handle["dials_diffuse/phil"] = "block_width = 12.0"
-    diffuse_scale.run([*files, *SCALES_ONLY, "exclude_images=1:6:7,0:30:30"])
-    log = "Images {} to {} of experiment {} are left out, {} of 10 blocks"
-    rows = read_all("scaled.refl")
-    frame = rows["xyzobs.px.value"][:, 2]
-    expected = (rows["id"] == 1) & (frame > 3) & (frame < 9)
-    expected |= (rows["id"] == 0) & (frame > 27)
-    out = flagged(rows, FLAGS.user_excluded_in_scaling)
-    np.testing.assert_array_equal(out, expected)
-    assert log.format(4, 9, 1, 2) in caplog.text
-    assert log.format(28, 30, 0, 1) in caplog.text
-    again = ["output.experiments=again.expt", "output.reflections=again.refl"]
-    diffuse_scale.run(
-        ["scaled.expt", "scaled.refl", *SCALES_ONLY, *again, "exclude_images=0:1:1"]
+SWEEP = vary(ROTATION, n_images=30, n_crystals=2, scan={"width": 1.5}, **SMALL)
+
+
+def extracted(
+    folder: Path,
+    number: int,
+    images_per_block: int,
+    rejected: Collection[int] = (),
+    bright: Collection[int] = (),
+) -> list[str]:
+    """Observations of blocks of images, extracted from noise.
+
+    Args:
+        folder: For the files.
+        number: Of the crystal.
+        images_per_block: Number of images of a block.
+        rejected: Array indices of images to leave out.
+        bright: Array indices of images with more photons.
+    """
+    group = sgtbx.space_group_info("P 21 21 21").group()
+    cell = uctbx.unit_cell(CELLS["P 21 21 21"])
+    (model,) = make_series(SWEEP, cell, group)[number].experiments
+    images = random_images(SWEEP.n_images, model.detector, seed=number)
+    for i in bright:
+        images[i][0] += 1
+    experiments = ExperimentList([with_images(model, images)])
+    settings = ExtractionSettings(
+        ndiv=(2, 2, 2),
+        d_min=1.9,
+        block_width=images_per_block * SWEEP.scan.width,
+        bragg=BraggSettings(exclusion="none"),
     )
-    assert log.format(1, 3, 0, 1) in caplog.text
+    grid = dataclasses.replace(  # the same for all crystals, to the last digit
+        make_grid(experiments, settings), unit_cell=CELLS["P 21 21 21"]
+    )
+    expt, refl = (str(folder / f"{number}.{suffix}") for suffix in ("expt", "refl"))
+    out = {(0, i) for i in rejected}
+    extract(experiments, grid, settings, refl, rejected=out)
+    ExperimentList([model]).as_file(expt)
+    return [expt, refl]
+
+
+def test_all_of_a_block_is_excluded(tmp_path, caplog):
+    """Image 16 is in the third block: blocks start anew after the fourth image."""
+    before = read_all(extracted(tmp_path, 0, 10, rejected=[3])[1])["counts"]
+    files = extracted(tmp_path, 0, 10, rejected=[3], bright=[15])
+    touched = read_all(files[1])["counts"] != before
+    diffuse_scale.run([*files, *SCALES_ONLY, "exclude_images=16:16"])
+    rows = read_all("scaled.refl")
+    out = flagged(rows, FLAGS.user_excluded_in_scaling)
+    assert np.count_nonzero(touched) > 100
+    assert out[touched].all()
+    frame = rows["xyzobs.px.value"][:, 2]
+    np.testing.assert_array_equal(out, (frame > 14) & (frame < 24))
+    assert "Images 15 to 24 of experiment 0 are left out, 1 of 4 blocks" in caplog.text
+
+
+AGAIN = ["output.experiments=again.expt", "output.reflections=again.refl"]
+
+
+def in_images(rows: dict[str, np.ndarray], ranges: dict[int, tuple[int, int]]):
+    """Whether rows are of array indices from the first up to the last of an experiment."""
+    frame = rows["xyzobs.px.value"][:, 2]
+    return np.any(
+        [
+            (rows["id"] == i) & (frame > start) & (frame < stop)
+            for i, (start, stop) in ranges.items()
+        ],
+        axis=0,
+    )
+
+
+def test_blocks_of_different_widths(tmp_path, caplog):
+    """Those of each table, in the scaled table too, under the numbers that it has."""
+    (expt0, refl0), (expt1, refl1) = (
+        extracted(tmp_path, 0, 3),
+        extracted(tmp_path, 1, 5),
+    )
+    images = "exclude_images=0:7:7,1:7:7"
+    diffuse_scale.run([expt1, expt0, refl0, refl1, *SCALES_ONLY, images])
+    expected = {0: (5, 10), 1: (6, 9)}
+    for name in ("scaled", "again"):
+        rows = read_all(f"{name}.refl")
+        out = flagged(rows, FLAGS.user_excluded_in_scaling)
+        np.testing.assert_array_equal(out, in_images(rows, expected))
+        assert {0, 1} == set(rows["id"][out])
+        if name == "scaled":
+            diffuse_scale.run(
+                ["scaled.expt", "scaled.refl", *SCALES_ONLY, *AGAIN, images]
+            )
+    assert "not known" not in caplog.text
+    # The parameters are those that were given, and can be given again.
+    with h5py.File("scaled.refl") as handle:
+        text = handle["dials_diffuse/phil"].asstr()[()]
+    (tmp_path / "given.phil").write_text(text)
+    assert "exclude_images" in text and "block_width" not in text
+    diffuse_scale.run(["given.phil", refl0, refl1])
+    np.testing.assert_array_equal(read_all("scaled.refl")["flags"], rows["flags"])
+
+
+def test_old_table_without_blocks(tmp_path, caplog):
+    """Its images are taken one by one, also from the scaled table; others as ever."""
+    files = [*extracted(tmp_path, 0, 3), *extracted(tmp_path, 1, 5)]
+    with h5py.File(files[1], "r+") as handle:
+        del handle["dials_diffuse/blocks"]
+    images = "exclude_images=0:6:7,1:7:7"
+    message = "out whole blocks. This concerns the experiments 0"
+    diffuse_scale.run([*files, *SCALES_ONLY, images])
+    diffuse_scale.run(["scaled.expt", "scaled.refl", *SCALES_ONLY, *AGAIN, images])
+    assert [message in text for text in caplog.messages].count(True) == 2
+    for name in ("scaled", "again"):
+        rows = read_all(f"{name}.refl")
+        out = flagged(rows, FLAGS.user_excluded_in_scaling)
+        expected = in_images(rows, {0: (5, 7), 1: (5, 10)})
+        expected |= (rows["id"] == 0) & (rows["xyzobs.px.value"][:, 2] == 5)
+        np.testing.assert_array_equal(out, expected)
+        assert {0, 1} == set(rows["id"][out])
+    with ObservationFile("scaled.refl") as table:
+        assert set(table.blocks[:, 0]) == {1}
 
 
 def read_map_rows(files: list[str]) -> int:
@@ -424,3 +532,9 @@ def test_output_that_must_have_a_name(observed, option):
 
 def test_parameters_that_do_not_exist(observed):
     assert "offst" in error([*observed.files, "model.offst.use=no"])
+
+
+def test_help_tells_when_a_term_is_switched_off_all_the_same():
+    for name, term in ALL_TERMS.items():
+        (use,) = diffuse_scale.phil_scope.get(f"model.{name}.use").objects
+        assert ("In any case" in use.help) == (term.error_limit is not None), name

@@ -303,6 +303,35 @@ def test_result_does_not_depend_on_the_number_of_processes(tmp_path, monkeypatch
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".refl"] * 5
 
 
+def test_blocks_are_in_the_table(tmp_path):
+    """Where images are left out, blocks start anew; every row is of one of them."""
+    experiments = mixed_experiments()
+    settings = ExtractionSettings(d_min=2.2, block_width=0.8)
+    grid = make_grid(experiments, settings)
+    extract(experiments, grid, settings, tmp_path / "x.refl", rejected={(0, 2), (2, 0)})
+    with ObservationFile(tmp_path / "x.refl") as table:
+        blocks = table.blocks
+    assert blocks.tolist() == [
+        [0, 0, 2],
+        [0, 3, 5],
+        [0, 5, 7],
+        [1, 0, 1],
+        [2, 1, 3],
+        [2, 3, 4],
+        [3, 0, 1],
+    ]
+    rows = read_table(tmp_path / "x.refl")
+    frame = rows["xyzobs.px.value"][:, 2]
+    inside = (rows["id"][:, None] == blocks[:, 0]) & (frame[:, None] >= blocks[:, 1])
+    inside &= frame[:, None] < blocks[:, 2]
+    assert (inside.sum(axis=1) == 1).all() and inside.any(axis=0).all()
+    # A voxel has no more than one row of a block and panel.
+    place = np.column_stack(
+        [rows["miller_index"], rows["panel"], np.argmax(inside, axis=1)]
+    )
+    assert len(np.unique(place, axis=0)) == len(place)
+
+
 def whole_peaks(parts: list) -> dict[str, np.ndarray]:
     names = [field.name for field in dataclasses.fields(parts[0])]
     return {name: np.concatenate([getattr(p, name) for p in parts]) for name in names}

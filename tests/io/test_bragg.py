@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import struct
 import tracemalloc
 
 import numpy as np
@@ -20,6 +21,7 @@ from dxtbx.model.experiment_list import ExperimentList
 import dials.command_line.show
 from dials.array_family import flex
 from dials_diffuse.bragg.sums import PeakIntensities
+from dials_diffuse.io import bragg
 from dials_diffuse.io.bragg import COLUMNS as WRITTEN
 from dials_diffuse.io.bragg import BraggWriter, bragg_table
 from dials_diffuse.util.compat import miller_index_to_numpy
@@ -209,3 +211,43 @@ def test_a_table_that_fails_leaves_nothing(tmp_path):
             writer.append(some_peaks())
             raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_more_peaks_than_a_table_can_hold(tmp_path, monkeypatch, caplog):
+    """There is no table, also no earlier one, and what else is done goes on."""
+    monkeypatch.setattr(bragg, "MAX_BYTES", 24 * 20)  # of the widest column
+    path = tmp_path / "bragg.refl"
+    with bragg_table(path, some_experiments()) as append:
+        for part in parts_of(some_peaks(20), 7, 14):
+            append(part)
+    assert len(flex.reflection_table.from_file(str(path))) == 20
+    assert caplog.messages == [] and not append.is_full
+    with bragg_table(path, some_experiments()) as append:
+        for part in parts_of(some_peaks(33), 7, 14, 20, 21):
+            append(part)
+            assert len(list(tmp_path.iterdir())) == 2 - append.is_full
+        assert path.exists()  # until the end
+    assert list(tmp_path.iterdir()) == []
+    (message,) = caplog.messages
+    assert message.startswith("Warning: 33 Bragg peaks are more than")
+    assert f"{path} was not written" in message
+
+
+def test_an_error_after_too_many_peaks_leaves_what_was_there(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(bragg, "MAX_BYTES", 24 * 5)
+    (tmp_path / "bragg.refl").write_text("before")
+    with pytest.raises(ZeroDivisionError):
+        with bragg_table(tmp_path / "bragg.refl", some_experiments()) as append:
+            append(some_peaks())
+            raise ZeroDivisionError
+    assert (tmp_path / "bragg.refl").read_text() == "before"
+    assert caplog.messages == []
+
+
+def test_largest_column_that_dials_reads():
+    """The length of a column is written in 32 bits."""
+    assert struct.unpack(">I", bragg._bytes_head(bragg.MAX_BYTES)[1:]) == (2**32 - 1,)
+    with pytest.raises(struct.error):
+        bragg._bytes_head(bragg.MAX_BYTES + 1)

@@ -165,3 +165,31 @@ def test_regions_about_lattice_points(tmp_path):
         pass
     with ObservationFile(path) as handle:
         assert handle.bragg_regions.shape == (0, 9)
+
+
+def test_blocks_of_images(tmp_path):
+    path = tmp_path / "a.refl"
+    limits = np.array([(0, 0, 3), (0, 4, 9), (1, 7, 8)])
+    with ObservationWriter(path, GRID, {0: "a", 1: "b"}) as writer:
+        writer.write_blocks(limits)
+    with ObservationFile(path) as handle:
+        np.testing.assert_array_equal(handle.blocks, limits)
+    for limits in (None, np.zeros((0, 3))):
+        with ObservationWriter(path, GRID, {0: "a"}) as writer:
+            if limits is not None:
+                writer.write_blocks(limits)
+        with ObservationFile(path) as handle:  # unknown is not the same as none
+            assert (handle.blocks is None) == (limits is None)
+
+
+def test_blocks_of_many_stills_are_small(tmp_path):
+    n = 20_000
+    limits = np.stack([np.arange(n), np.arange(n), np.arange(1, n + 1)], axis=1)
+    for path in (tmp_path / "without.refl", tmp_path / "with.refl"):
+        with ObservationWriter(path, GRID, {0: "a"}) as writer:
+            if path.stem == "with":
+                writer.write_blocks(limits)
+    with ObservationFile(path) as handle:
+        np.testing.assert_array_equal(handle.blocks, limits)
+    sizes = [(tmp_path / f"{x}.refl").stat().st_size for x in ("without", "with")]
+    assert sizes[1] - sizes[0] < 5 * n

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import h5py
 import numpy as np
 import pytest
@@ -376,6 +378,23 @@ def test_no_sigma_is_zero(write_observations, merge_files):
     assert np.all(np.isnan(merged["half_1/sigma"][~seen]))
 
 
+def scaled_cell(factor: float) -> Grid:
+    cell = (*(factor * np.array(GRID.unit_cell[:3])).tolist(), *GRID.unit_cell[3:])
+    return dataclasses.replace(GRID, unit_cell=cell)
+
+
+def test_cells_that_differ_in_their_last_digits(write_observations, merge_files):
+    """As those of two extractions with the same given cell do."""
+    voxel = {"miller_index": np.ones((1, 3), int)}
+    _, first = write_observations("first", GRID, voxel, ("a",))
+    _, second = write_observations("second", scaled_cell(1 + 1e-5), voxel, ("b",))
+    _, path = merge_files(first, second)
+    assert read_map(path, ["n_obs"])["n_obs"].tolist() == [2]
+    _, third = write_observations("third", scaled_cell(1.002), voxel, ("c",))
+    with pytest.raises(ValueError, match="third.refl has a grid with unit_cell="):
+        merge_files(first, third, name="other.h5")
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -385,8 +404,6 @@ def test_no_sigma_is_zero(write_observations, merge_files):
     ],
 )
 def test_files_of_other_grids(change, message, write_observations, merge_files):
-    import dataclasses
-
     voxel = {"miller_index": np.ones((1, 3), int)}
     _, first = write_observations("first", GRID, voxel, ("a",))
     other = dataclasses.replace(GRID, **change)

@@ -30,6 +30,7 @@ from dials_diffuse.extraction.totals import block_of_rows
 from dials_diffuse.geometry.validation import ImageResiduals
 from dials_diffuse.grid import Grid
 from dials_diffuse.report.extraction import (
+    intensity_unit,
     plot_blocks,
     plot_geometry,
     plot_indexing,
@@ -306,3 +307,16 @@ def test_sweep_is_counted_by_images():
     found = count_static_pixels(experiments, blocks, GRID, settings)
     size = np.prod(detector[0].get_image_size())
     assert found.total == 4 * size and sum(map(len, blocks)) == 4
+
+
+@pytest.mark.parametrize(
+    "off, unit",
+    [
+        ((), "photons s⁻¹ sr⁻¹"),
+        (("exposure",), "photons sr⁻¹"),
+        (("polarization", "solid angle"), "photons s⁻¹ per pixel"),
+        (("solid angle", "exposure"), "photons per pixel"),
+    ],
+)
+def test_unit_without_some_corrections(off, unit):
+    assert intensity_unit(off) == unit

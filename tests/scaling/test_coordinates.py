@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -214,6 +216,18 @@ def test_detectors_are_told_apart_wherever_they_stand():
     experiments = [make_experiment(make_detector(2, 20.0 + kind)) for kind in kinds]
     extents = find_extents(experiments, (0.1, 0.5))
     assert [extent.detector for extent in extents] == kinds
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
+def test_detectors_that_nearly_agree(order):
+    """Dxtbx takes the first two for equal; the order of experiments does not matter."""
+    distances = (20.0, 20.0 + 1e-9, 25.0, 20.0 + 1e-9)
+    detectors = [make_detector(2, distances[i]) for i in order]
+    assert make_detector(2, distances[0]) == make_detector(2, distances[1])
+    extents = find_extents([make_experiment(d) for d in detectors], (0.1, 0.5))
+    numbers = [extent.detector for extent in extents]
+    for (i, a), (j, b) in itertools.combinations(zip(order, numbers), 2):
+        assert (a == b) == (distances[i] == distances[j])
 
 
 def test_unknown_panel():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy.stats import truncnorm
@@ -17,6 +19,7 @@ from dials_diffuse.scaling.error_model import (
     truncated_variance,
 )
 from dials_diffuse.scaling.outliers import find_outliers
+from dials_diffuse.scaling.reference import Reference
 
 
 def simulate(multiplicity, low, high, a=1.0, b=0.0, n_rows=200_000):
@@ -141,6 +144,97 @@ def test_fractional_part_of_residuals_is_unbiased():
     expected = (1 - 2 * h) * square + h**2 * square.sum()
     mean = found.fractional.reshape(-1, n).mean(axis=0)
     assert mean == pytest.approx(expected, rel=0.02)
+
+
+def against_a_map(multiplicity, a, b, f, response=20.0, n_rows=200_000):
+    """Rows of a and b, and a map of their voxels with errors of its own.
+
+    Args:
+        multiplicity: Rows of each voxel.
+        a, b: Error model of the rows.
+        f: Fractional error of the map.
+        response: Of the map; that of a row is about 1.
+        n_rows: Number of rows.
+    """
+    rng = np.random.default_rng(3)
+    n = n_rows // multiplicity
+    group = np.repeat(np.arange(n), multiplicity)
+    truth = np.exp(rng.uniform(np.log(30), np.log(3000), n))
+    x = rng.lognormal(0.0, 0.3, len(group))
+    base = 10 * x
+    seen = truth[group] * x * (1 + a * b * rng.normal(size=len(group))) + base
+    counts = a**2 * rng.poisson(np.maximum(seen, 0) / a**2)
+    sigma = np.sqrt(truth / response + 2 + (f * truth) ** 2)
+    values = (truth + sigma * rng.normal(size=n), response, 2.0, f**2)
+    known = Reference(np.arange(n), *(np.broadcast_to(v, n) for v in values))
+    start = np.arange(n + 1) * multiplicity
+    return (counts.astype(float), x, base, 0.1 * base, start), known
+
+
+@pytest.mark.parametrize("multiplicity", [1, 2])
+@pytest.mark.parametrize("a, b, f", [(1.0, 0.0, 0.0), (1.3, 0.05, 0.0), (0.8, 0, 0.02)])
+def test_model_of_rows_comes_back_by_a_map(multiplicity, a, b, f):
+    """The errors of the map are given, and no part of a and b."""
+    (counts, x, base, v, start), known = against_a_map(multiplicity, a, b, f)
+    columns = (counts, x, base, 0 * v, start)
+    model = refine_error_model(*columns, reference=known)
+    assert model.a == pytest.approx(a, abs=0.02)
+    assert model.b == pytest.approx(b, abs=0.004)
+    assert_chi_square_is_1(chi_square_bins(*columns, model, reference=known))
+    expected, observed = normal_probability(*columns, model, reference=known)
+    middle = np.abs(expected) < 2.5
+    assert np.abs(observed - expected)[middle].max() < 0.1
+    # Control: with half the errors of the map.
+    sharp = dataclasses.replace(
+        known,
+        response=known.response * 4,
+        base=known.base / 4,
+        fractional=known.fractional / 4,
+    )
+    if f > 0:
+        wrong = refine_error_model(*columns, reference=sharp)
+        assert abs(wrong.b - b) > 0.01
+    if multiplicity == 1:
+        assert not refine_error_model(*columns).is_refined
+
+
+def test_a_map_of_something_else_gives_no_error_model(caplog):
+    (counts, x, base, v, start), known = against_a_map(1, 1.0, 0.0, 0.0, n_rows=3000)
+    other = dataclasses.replace(
+        known, intensity=known.intensity + 1e6, response=known.response * 1e6
+    )
+    model = refine_error_model(counts, x, base, v, start, reference=other)
+    assert not model.is_refined and (model.a, model.b) == (1, 0)
+    assert "all observations disagree" in caplog.text
+
+
+def test_variance_of_residuals_with_a_map_is_unbiased():
+    """Few counts, a weak map of some of the voxels with an error of all three kinds."""
+    n, rate = 200_000, 0.7
+    rng = np.random.default_rng(5)
+    x, base = np.tile([0.5, 1.5], n), np.tile([0.4, 0.1], n)
+    counts = rng.poisson(rate * x + base).astype(float)
+    m, v, f = 2.0, 0.1, 0.3
+    photons = rng.poisson(m * rate * np.maximum(1 + f * rng.normal(size=n), 0))
+    seen = photons / m + np.sqrt(v) * rng.normal(size=n)
+    has = np.arange(n) % 2 == 0
+    values = (seen, m, v, f**2)
+    known = Reference(np.arange(n), *(np.where(has, value, 0.0) for value in values))
+    group = np.repeat(np.arange(n), 2)
+    rows = Rows(counts, x, base, 0 * x, group, known.select(group))
+    found = residuals(rows)
+    square, expected = found.deviation**2, found.expectation(ErrorModel())
+    for one_of_4 in range(4):
+        chosen = slice(one_of_4, None, 4)
+        difference = square[chosen] - expected[chosen]
+        error = difference.std() / np.sqrt(n / 2)
+        assert abs(difference.mean()) < 4 * error
+        given = found.given[chosen].mean()
+        assert given > 5 * error if one_of_4 < 2 else given == 0
+    assert np.all(found.scale(ErrorModel()) > 0)
+    # A map alone with one row.
+    one = residuals(rows.select(group * 2 == np.arange(2 * n)))
+    assert len(one.deviation) == np.count_nonzero(has)
 
 
 def test_voxels_all_alike_do_not_tell_a_and_b_apart():

@@ -9,6 +9,7 @@ from scipy.stats import binom, norm, poisson
 from dials_diffuse.scaling import error_model
 from dials_diffuse.scaling.error_model import ErrorModel
 from dials_diffuse.scaling.outliers import THRESHOLD, deviates, find_outliers, tails
+from dials_diffuse.scaling.reference import Reference
 
 
 class Simulated(NamedTuple):
@@ -140,6 +141,69 @@ def test_rows_without_counts_are_outliers_only_where_many_are_expected():
 def test_two_gross_outliers_of_a_group_go_one_after_the_other():
     found = group_of(5000, 100, 103, 95, 1, 99, 104, 800, 100, 97)
     assert list(np.flatnonzero(found)) == [0, 4, 7]
+
+
+def against_a_map(mean, a, f, ratio, n=150_000):
+    """Single rows of scatter a and a map of its own errors, normal ones.
+
+    Args:
+        mean: Photons of a row.
+        a: Of the rows.
+        f: Fractional error of the map.
+        ratio: Response of the map over that of the rows.
+    """
+    rows = simulate(1, mean, n)
+    counts = rows.expected + a * (rows.counts - rows.expected)
+    rng = np.random.default_rng(2)
+    truth = (rows.expected - rows.base) / rows.response
+    m, base = ratio, 0.3 * mean / ratio
+    sigma = np.sqrt(truth / m + base + (f * truth) ** 2)
+    seen = truth + sigma * rng.normal(size=n)
+    columns = (seen, np.full(n, float(m)), np.full(n, base), np.full(n, f**2))
+    return rows, counts, Reference(np.arange(n), *columns)
+
+
+@pytest.mark.parametrize("a, f, ratio", [(1, 0, 1), (1.5, 0.05, 3), (1, 0.03, 3)])
+def test_against_a_map_single_rows_are_judged_by_its_own_error(a, f, ratio):
+    """As often as the threshold says, and either way alike."""
+    rows, counts, known = against_a_map(1000, a, f, ratio)
+    model = ErrorModel(float(a))
+    found = rows.find(counts, error_model=model, reference=known)
+    assert np.mean(found) == pytest.approx(2 * norm.sf(THRESHOLD), rel=0.35)
+    above = counts > rows.expected
+    assert np.mean(above[found]) == pytest.approx(0.5, abs=0.2)
+    assert not rows.find(counts, error_model=model).any()  # control: without the map
+    # Control: with half the error, too many.
+    sharp = Reference(
+        known.voxel,
+        known.intensity,
+        4 * known.response,
+        known.base / 4,
+        known.fractional / 4,
+    )
+    many = rows.find(counts, error_model=ErrorModel(a / 2), reference=sharp)
+    assert np.mean(many) > 0.05
+
+
+def test_gross_rows_go_where_a_map_knows_the_voxel():
+    rows, counts, known = against_a_map(100, 1, 0, 3, n=3000)
+    unknown = np.arange(3000) % 2 == 0
+    known.response[unknown] = 0
+    bad = np.arange(3000) % 3 == 0
+    counts = np.where(bad, counts + 300, counts)
+    found = rows.find(counts, reference=known)
+    assert np.all(found[bad & ~unknown]) and not found[unknown].any()
+    assert np.sum(found & ~bad) <= 3
+    # Two rows that disagree: the map tells which is wrong.
+    start = np.arange(0, 3001, 2)
+    pairs = rows._replace(
+        response=np.full(3000, 100.0), base=np.zeros(3000), start=start
+    )
+    counts = np.tile([100.0, 400.0], 1500)
+    one = Reference(np.arange(1500), *(np.full(1500, x) for x in (1, 300, 0, 0)))
+    found = pairs.find(counts, reference=one)
+    assert np.all(found == (counts == 400))
+    assert not pairs.find(counts).any()  # control
 
 
 def test_of_two_rows_none_is_rejected():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 
 import numpy as np
@@ -13,6 +15,10 @@ from dials_diffuse.command_line import diffuse_merge, diffuse_scale
 from dials_diffuse.io.maps import read_map
 from dials_diffuse.io.observations import ObservationFile
 from dials_diffuse.merging.sums import pack
+from dials_diffuse.report.scaling import Observations, scaling_record
+from dials_diffuse.scaling.apply import flag_outliers
+from dials_diffuse.scaling.models import scaling_models
+from dials_diffuse.scaling.outliers import THRESHOLD
 from dials_diffuse.scaling.reference import NEEDED, Reference, read_reference
 from dials_diffuse.scaling.scale import scale
 from dials_diffuse.scaling.selection import agreement
@@ -54,15 +60,24 @@ def redraw(observed: Observed, folder, use: np.ndarray) -> tuple[str, str]:
     return again.files
 
 
-def scaled(observed: Observed, files: tuple[str, str], reference: str, *options: str):
+def scaled(*arguments):
+    """The result of ``scaling_of``, without its table."""
+    with scaling_of(*arguments) as found:
+        return found
+
+
+@contextlib.contextmanager
+def scaling_of(
+    observed: Observed, files: tuple[str, str], reference: str, *options: str
+):
+    """The result, and what reads the observations as long as their table is open."""
     arguments = [*files, *OPTIONS, *options]
     params, _, (name,) = parse_arguments(diffuse_scale.make_parser(), arguments)
     with ObservationFile(name) as table:
         known = read_reference(reference, table.grid, name)
         numbers = [{i: i for i in range(6)}]
-        return scale(
-            observed.geometry.experiments, [table], numbers, params, reference=known
-        )
+        experiments = observed.geometry.experiments
+        yield scale(experiments, [table], numbers, params, reference=known)
 
 
 def test_errors_are_those_of_the_map(merged):
@@ -154,6 +169,96 @@ def test_agreement_is_that_with_the_map(observed, merged, tmp_path, wrong):
     result.refiner.reference = None  # control
     alone = agreement(result.refiner, 6).cc[4:]
     assert np.all(np.isnan(alone)) or alone[0] == pytest.approx(alone[1], abs=0.05)
+
+
+def with_hot_rows(observed: Observed, folder, n_hot: int) -> tuple[tuple, np.ndarray]:
+    """Still 5 alone, with 3000 counts too many in some rows; those that have them."""
+    geometry = observed.geometry
+    use = geometry.experiment == 5
+    rng = np.random.default_rng(1)
+    hot = rng.choice(np.flatnonzero(use), n_hot, replace=False)
+    counts = observed.counts.copy()
+    counts[hot] += 3000
+    columns = {
+        **geometry.columns,
+        "counts": counts,
+        "background.sum.value": observed.background,
+    }
+    is_hot = np.isin(np.flatnonzero(use), hot)
+    columns = {name: values[use] for name, values in columns.items()}
+    return write(geometry, columns, folder, "hot"), is_hot
+
+
+@pytest.mark.parametrize("n_hot", [0, 5, 20])
+def test_rows_that_the_map_contradicts_are_outliers(observed, merged, tmp_path, n_hot):
+    """Even the only row of a voxel; what the map does not know cannot be judged."""
+    files, is_hot = with_hot_rows(observed, tmp_path, n_hot)
+    with scaling_of(observed, files, merged) as (result, reader):
+        (flags,) = flag_outliers(reader, result, THRESHOLD, tmp_path)
+    refiner = result.refiner
+    block, known = refiner.block, refiner.reference.known
+    hot = block.counts > 2500
+    assert hot.sum() == n_hot
+    assert refiner.used[hot & ~known[block.group]].all()
+    assert not refiner.used[hot & known[block.group]].any()
+    assert np.sum(~refiner.used & ~hot) <= 0.001 * block.n_rows
+    if n_hot == 20:
+        assert np.sum(hot & known[block.group]) > 10
+    assert result.experiment_scales()[5] == pytest.approx(SCALES[5], rel=0.03)
+    assert result.after == pytest.approx(1, abs=0.1)
+    model = result.error_model
+    assert model.is_refined and model.b == 0
+    assert abs(model.a - 1) < 3 * model.sigma_a < 0.2
+    # The whole table is judged like the block.
+    assert flags.sum() == np.sum(~refiner.used)
+    assert np.sum(flags & ~is_hot) == np.sum(~refiner.used & ~hot)
+
+
+def test_other_voxels_are_judged_by_the_map_too(observed, merged, tmp_path):
+    files, _ = with_hot_rows(observed, tmp_path, 20)
+    result = scaled(observed, files, merged, "refinement.max_rows=1000")[0]
+    assert result.step == 2
+    assert result.control == pytest.approx(1, abs=0.15)
+
+
+def test_few_good_rows_are_outliers(observed, merged, tmp_path):
+    geometry = observed.geometry
+    n_rows, n_outliers, use = 0, 0, geometry.experiment == 5
+    for seed in range(20, 26):
+        factor = SCALES[geometry.experiment]
+        options = {"background": 0.5, "counts_per_pixel": 10, "use": use}
+        again = draw(geometry, tmp_path, factor, seed=seed, **options)
+        refiner = scaled(observed, again.files, merged)[0].refiner
+        n_rows += refiner.block.n_rows
+        n_outliers += np.sum(~refiner.used)
+    assert n_outliers < 0.001 * n_rows
+
+
+def test_report_counts_the_map(observed, merged, tmp_path):
+    """χ² of the page is that of all rows that the map knows; the summary is the log's."""
+    files, _ = with_hot_rows(observed, tmp_path, 20)
+    experiments = copy.deepcopy(observed.geometry.experiments)
+    with scaling_of(observed, files, merged) as (result, reader):
+        for experiment, model in zip(experiments, scaling_models(result)):
+            experiment.scaling_model = model
+        record = scaling_record(experiments, reader, result)
+    rows = Observations(result)
+    block, known = result.refiner.block, result.refiner.reference.known
+    several = np.diff(block.start) > 1
+    np.testing.assert_array_equal(
+        rows.kept[(known & ~several)[block.group]],
+        rows.used[(known & ~several)[block.group]],
+    )
+    assert rows.kept.sum() == len(rows.after.square)
+    own = record["chi_square"]
+    assert own["before"] == pytest.approx(result.before)
+    assert own["model"] == pytest.approx(result.counting)
+    assert own["error_model"] == pytest.approx(result.after)
+    found = record["refined_against"]
+    assert found["chi_square_after"] == pytest.approx(1, abs=0.15)
+    assert found["chi_square_error_model"] == pytest.approx(1, abs=0.1)
+    assert found["n_too_high"] == np.sum(~result.refiner.used)
+    assert found["n_too_low"] == 0
 
 
 def test_map_of_other_voxels(observed, merged, tmp_path):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Sequence
 
 import numpy as np
 import pytest
 from simulated_observations import (
     ROTATION,
     STILLS,
+    Geometry,
     Observed,
     draw,
     observe,
@@ -24,7 +26,11 @@ from dxtbx import flumpy
 from dials_diffuse import symmetry
 from dials_diffuse.command_line import diffuse_scale
 from dials_diffuse.io.observations import ObservationFile
+from dials_diffuse.merging.sums import pack
+from dials_diffuse.scaling import shared_rows
+from dials_diffuse.scaling.block import ImageRange
 from dials_diffuse.scaling.determination import standard_error
+from dials_diffuse.scaling.reference import Reference
 from dials_diffuse.scaling.result import Scaling, Source
 from dials_diffuse.scaling.scale import Session, scale
 from dials_diffuse.util.command import parse_arguments
@@ -201,66 +207,211 @@ def test_choice_of_observations(observed, caplog):
     assert np.std(a - b) < 0.02
 
 
-@pytest.fixture(scope="module")
-def stills(tmp_path_factory) -> Observed:
-    """Six stills of unequal scales; the last has a few hundred rows only."""
-    folder = tmp_path_factory.mktemp("stills")
-    settings = vary(STILLS, n_images=6, detector={"size": (120, 120), "pixel": 0.75})
-    geometry = observe(settings, folder)
-    n_rows = np.bincount(geometry.experiment)
-    rng = np.random.default_rng(4)
-    use = rng.random(geometry.n_rows) < np.where(
-        geometry.experiment == 5, 300 / n_rows[5], 1
-    )
-    return draw(
-        geometry,
-        folder,
-        STILL_SCALES[geometry.experiment],
-        counts_per_pixel=50,
-        use=use,
-    )
-
-
 STILL_SCALES = np.array([0.5, 0.8, 1.0, 1.2, 1.5, 3.0])
 SCALE_ONLY = [f"model.{name}.use=no" for name in TERMS[1:]]
+SMALL = ["refinement.max_rows=1000"]
 
 
-def scaled_stills(stills: Observed, *options: str) -> Scaling:
+@pytest.fixture(scope="module")
+def still_geometry(tmp_path_factory) -> Geometry:
+    settings = vary(STILLS, n_images=6, detector={"size": (120, 120), "pixel": 0.75})
+    return observe(settings, tmp_path_factory.mktemp("geometry"))
+
+
+def draw_stills(
+    geometry: Geometry, folder: Path, n_rows: float | np.ndarray, photons: float = 50
+) -> Observed:
+    """Stills of unequal scales with about so many rows each."""
+    number = geometry.experiment
+    share = np.broadcast_to(n_rows, 6) / np.bincount(number)
+    use = np.random.default_rng(4).random(geometry.n_rows) < share[number]
+    return draw(
+        geometry, folder, STILL_SCALES[number], counts_per_pixel=photons, use=use
+    )
+
+
+@pytest.fixture(scope="module")
+def stills(still_geometry, tmp_path_factory) -> Observed:
+    """Six stills; the last has a few hundred rows only."""
+    n_rows = np.where(np.arange(6) == 5, 300, np.inf)
+    return draw_stills(still_geometry, tmp_path_factory.mktemp("stills"), n_rows)
+
+
+def changed(
+    observed: Observed, folder: Path, add: np.ndarray | None = None, drop: int = -1
+) -> Observed:
+    """The same with more counts, or without the rows of an experiment."""
+    rows = read_all(observed.files[1])
+    if add is not None:
+        rows["counts"] = rows["counts"] + add
+    rows = {name: values[rows["id"] != drop] for name, values in rows.items()}
+    files = write(observed.geometry, rows, folder, "changed")
+    return dataclasses.replace(observed, files=files)
+
+
+def scaled_stills(
+    stills: Observed,
+    *options: str,
+    excluded: Sequence[ImageRange] = (),
+    reference: Reference | None = None,
+) -> Scaling:
     arguments = [*stills.files, *SCALE_ONLY, *options]
     params, _, files = parse_arguments(diffuse_scale.make_parser(), arguments)
     with ObservationFile(files[0]) as table:
         numbers = [{i: i for i in range(6)}]
-        return scale(stills.geometry.experiments, [table], numbers, params)[0]
+        models = stills.geometry.experiments
+        return scale(models, [table], numbers, params, excluded, reference)[0]
+
+
+def relative_errors(result: Scaling, which: np.ndarray | None = None) -> np.ndarray:
+    """Of the scales of some stills, whose common factor nothing tells."""
+    which = np.arange(6) if which is None else which
+    ratio = np.log(result.experiment_scales() / STILL_SCALES)[which]
+    return ratio - ratio.mean()
 
 
 def test_experiment_with_few_of_the_chosen_rows(stills, caplog):
     """Its scale is that of all of its rows."""
     caplog.set_level("INFO", logger="dials.diffuse.scale")
-    result = scaled_stills(stills, "refinement.max_rows=1000")
+    result = scaled_stills(stills, *SMALL)
     assert result.step >= 8
-    assert result.n_observations[5] < 50
+    assert 0 < result.n_observations[5] < 50
     assert list(result.source) == [Source.REFINEMENT] * 5 + [Source.ALL]
-    found = result.experiment_scales()
-    truth = STILL_SCALES * found[0] / STILL_SCALES[0]
-    assert found[5] == pytest.approx(truth[5], rel=0.05)
+    assert np.abs(relative_errors(result)).max() < 0.05
     assert "The scales of 1 experiments with less than 100 observations among" in (
         caplog.text
     )
-    n = np.count_nonzero(result.refiner.block.experiment == 5)
-    assert n == 0 or f": 5 ({result.n_observations[5]})" in caplog.text
+    assert f": 5 ({result.n_observations[5]})" in caplog.text
+    assert "are uncertain" not in caplog.text
 
 
-def test_experiment_with_few_rows_at_all(stills, caplog):
+def test_all_experiments_with_few_of_the_chosen_rows(still_geometry, tmp_path, caplog):
+    """Nothing but scales that are to be found; as with all rows refined against."""
+    caplog.set_level("INFO", logger="dials.diffuse.scale")
+    observed = draw_stills(still_geometry, tmp_path, 550, photons=200)
+    whole = scaled_stills(observed)
+    part = scaled_stills(observed, *SMALL)
+    assert set(part.source) == {Source.ALL}
+    assert 0 < part.n_observations.min() < part.n_observations.max() < 100
+    assert np.std(relative_errors(whole)) < 0.02
+    assert np.std(relative_errors(part)) < 0.02
+    assert np.std(relative_errors(part) - relative_errors(whole)) < 0.005
+    cells = part.refiner.block.cells["scale"]
+    mean = part.components["scale"].cell_values()[cells].mean()
+    assert mean == pytest.approx(1, abs=1e-6)
+    assert "uncertain" not in caplog.text
+
+
+@pytest.mark.parametrize("n_excluded", [0, 4, 5])
+def test_a_map_tells_the_scales_of_experiments_with_few_rows(
+    still_geometry, tmp_path, n_excluded
+):
+    """A map of true intensities makes them absolute, also that of a single still."""
+    n_rows = np.where(np.arange(6) < 4, np.inf, 300)
+    observed = draw_stills(still_geometry, tmp_path, n_rows)
+    index = still_geometry.columns["miller_index"]
+    unique = pack(symmetry.map_to_asu(index, still_geometry.grid.laue_group))
+    voxel, first = np.unique(unique, return_index=True)
+    response = 100 * still_geometry.columns["normalisation"][first]
+    nothing = np.zeros(len(voxel))
+    reference = Reference(voxel, observed.intensity[first], response, nothing, nothing)
+    excluded = [ImageRange(i) for i in range(n_excluded)]
+    result = scaled_stills(observed, *SMALL, excluded=excluded, reference=reference)
+    expected = [Source.REFINEMENT] * 4 + [Source.ALL] * 2
+    expected[:n_excluded] = [Source.NOTHING] * n_excluded
+    assert list(result.source) == expected
+    found = result.experiment_scales()[n_excluded:]
+    assert found == pytest.approx(STILL_SCALES[n_excluded:], rel=0.03)
+
+
+def test_remaining_scales_do_not_depend_on_the_size_of_portions(stills, monkeypatch):
+    """The rows of a voxel are in one portion, whatever their number."""
+    whole = scaled_stills(stills, *SMALL)
+    monkeypatch.setattr(shared_rows, "ROWS_PER_PORTION", 1000)
+    parts = scaled_stills(stills, *SMALL)
+    assert parts.experiment_scales() == pytest.approx(
+        whole.experiment_scales(), rel=1e-4
+    )
+    assert list(parts.source) == list(whole.source)
+
+
+@pytest.mark.parametrize("n_hot, size", [(3, 2e4), (1, 1e6)])
+def test_hot_rows_of_an_experiment_with_few_rows(stills, tmp_path, n_hot, size):
+    """They are outliers also where they are not refined against."""
+    rows = read_all(stills.files[1])
+    mine = np.flatnonzero(rows["id"] == 5)
+    hot = np.zeros(len(rows["id"]))
+    hot[np.random.default_rng(1).choice(mine, n_hot, replace=False)] = size
+    seen = rows["counts"][mine].sum()
+    assert hot.sum() > 0.2 * seen
+    spoilt = changed(stills, tmp_path, hot)
+    refined, remaining = scaled_stills(spoilt), scaled_stills(spoilt, *SMALL)
+    assert [r.source[5] for r in (refined, remaining)] == [
+        Source.REFINEMENT,
+        Source.ALL,
+    ]
+    assert relative_errors(remaining)[5] == pytest.approx(
+        relative_errors(refined)[5], abs=0.05
+    )
+    assert np.abs(relative_errors(remaining)).max() < 0.05
+
+
+def test_experiment_with_few_rows_at_all(still_geometry, tmp_path, caplog):
     """All are refined against; what is uncertain is named."""
     caplog.set_level("INFO", logger="dials.diffuse.scale")
-    result = scaled_stills(stills)
+    n_rows = np.where(np.arange(6) == 5, 60, np.inf)
+    result = scaled_stills(draw_stills(still_geometry, tmp_path, n_rows))
     assert result.step == 1
     assert set(result.source) == {Source.REFINEMENT}
-    few = np.flatnonzero(result.n_observations < 100)
-    assert ("are uncertain" in caplog.text) == (len(few) > 0)
-    found = result.experiment_scales()
-    truth = STILL_SCALES * found[0] / STILL_SCALES[0]
-    assert found == pytest.approx(truth, rel=0.05)
+    n = result.n_observations[5]
+    assert 0 < n < 100
+    assert (
+        "The scales of 1 experiments are uncertain, as they have less than 100 "
+        f"observations of voxels that others saw: 5 ({n})" in caplog.text
+    )
+    assert np.abs(relative_errors(result)).max() < 0.05
+
+
+def test_few_rows_at_all_and_fewer_of_the_chosen(still_geometry, tmp_path, caplog):
+    """From all of its rows, and uncertain all the same."""
+    caplog.set_level("INFO", logger="dials.diffuse.scale")
+    n_rows = np.where(np.arange(6) == 5, 60, np.inf)
+    result = scaled_stills(draw_stills(still_geometry, tmp_path, n_rows), *SMALL)
+    assert result.source[5] is Source.ALL
+    assert "are from all of their observations: 5 (" in caplog.text
+    assert "are uncertain" in caplog.text
+    assert np.abs(relative_errors(result)).max() < 0.1
+
+
+@pytest.mark.parametrize("options", [(), SMALL])
+@pytest.mark.parametrize("way", ["excluded", "range", "no rows"])
+def test_experiment_without_rows_is_not_warned_of(
+    stills, tmp_path, caplog, way, options
+):
+    """None are expected to tell its scale."""
+    excluded = {
+        "excluded": [ImageRange(2)],
+        "range": [ImageRange(2, 0, 1)],
+        "no rows": [],
+    }[way]
+    observed = changed(stills, tmp_path, drop=2) if way == "no rows" else stills
+    result = scaled_stills(observed, *options, excluded=excluded)
+    assert result.n_observations[2] == 0
+    assert result.source[2] is Source.NOTHING
+    assert "nothing tells the scales" not in caplog.text
+    assert np.abs(relative_errors(result, np.array([0, 1, 3, 4, 5]))).max() < 0.05
+
+
+def test_blank_experiment_with_few_of_the_chosen_rows(stills, tmp_path, caplog):
+    """All of its rows tell no more than that it has no photons."""
+    rows = read_all(stills.files[1])
+    blank = changed(stills, tmp_path, np.where(rows["id"] == 5, -rows["counts"], 0))
+    result = scaled_stills(blank, *SMALL)
+    assert list(result.source) == [Source.REFINEMENT] * 5 + [Source.NOTHING]
+    assert "nothing tells the scales of 1 of 6 experiments, which have no photons" in (
+        caplog.text
+    )
+    assert np.abs(relative_errors(result, np.arange(5))).max() < 0.05
 
 
 def test_rows_that_count_are_those_of_shared_voxels(stills):

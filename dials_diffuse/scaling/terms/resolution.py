@@ -25,7 +25,9 @@ RESOLUTION = Term(
     stage=None,
     help="Takes out what other factors have in common at one resolution, which no"
     " observation determines.",
-    phil=use_phil("Whether the mean factor at each resolution is set to 1.")
+    phil=use_phil(
+        "Whether the mean factor at each resolution is set to 1.", always=True
+    )
     + """
 n_resolution = 30
   .type = int(value_min=1, allow_none=False)

@@ -20,7 +20,7 @@ SCALE = Term(
     role=Role.INNER,
     stage=1,
     help="Scale of an experiment: flux, exposure and illuminated volume.",
-    phil=use_phil("Whether to refine scales of the experiments.")
+    phil=use_phil("Whether to refine scales of the experiments.", always=True)
     + """
 interval = 5.0
   .type = float(value_min=0.01, allow_none=False)

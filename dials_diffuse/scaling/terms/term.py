@@ -63,15 +63,27 @@ class Term:
         return Prior(params.smoothness, params.size)
 
 
-def use_phil(help: str) -> str:
-    """The parameter that switches a term on and off."""
+OVERRULED = (
+    " With yes it stays even if the observations say little of it or do not need it. In any"
+    " case it is switched off if they do not determine it, with a standard error above half"
+    " the size that is expected of its parameters, if there are too few of them for its"
+    " parameters, or if its values run away in the refinement."
+)
+
+
+def use_phil(help: str, always: bool = False) -> str:
+    """The parameter that switches a term on and off.
+
+    Args:
+        help: What it decides, a sentence.
+        always: Whether the term needs no observations that determine it
+            (``error_limit=None``).
+    """
+    text = help if always else help + OVERRULED
     return f"""
 use = yes no *auto
   .type = choice
-  .help = "{help} With yes it stays even if the observations say little of it or do"
-          "not need it. If they do not determine it at all, with a standard error above"
-          "half the size that is expected of its parameters, it is switched off in any"
-          "case."
+  .help = "{text}"
 """
 
 
