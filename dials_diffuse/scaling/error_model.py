@@ -399,8 +399,7 @@ def refine_error_model(
         logger.log(
             level,
             "Warning: the error model cannot be refined: all observations disagree with "
-            "the others of their voxels%s",
-            "" if reference is None else " and the map",
+            "what else is known of their voxels",
         )
     if model.a <= MIN_A:
         logger.log(
