@@ -69,8 +69,10 @@ def check_tables(tables: Sequence[ObservationTable]) -> None:
             )
         for field in dataclasses.fields(Grid):
             mine, other = (getattr(t.grid, field.name) for t in (table, first))
-            same_cell = field.name == "unit_cell" and table.grid.has_cell_of(first.grid)
-            if mine != other and not (same_cell and table.grid.shape == first.grid.shape):
+            same = mine == other
+            if field.name == "unit_cell" and table.grid.shape == first.grid.shape:
+                same = table.grid.has_cell_of(first.grid)
+            if not same:
                 raise ValueError(
                     f"{table.path} has a grid with {field.name}={mine}, {first.path} "
                     f"one with {field.name}={other}: extract both on the same grid "
