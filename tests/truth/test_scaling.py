@@ -54,7 +54,7 @@ from dials.array_family import flex
 from dials_diffuse.command_line import diffuse_merge, diffuse_scale
 from dials_diffuse.extraction.extract import extract
 from dials_diffuse.extraction.reference import make_grid
-from dials_diffuse.extraction.settings import BraggSettings
+from dials_diffuse.extraction.settings import BraggSettings, ExclusionRegion
 from dials_diffuse.io.maps import VoxelList
 from dials_diffuse.io.observations import GROUP
 from dials_diffuse.merging.sums import pack
@@ -64,6 +64,7 @@ from dials_diffuse.scaling.outliers import find_outliers
 from dials_diffuse.scaling.reference import Reference
 from dials_diffuse.scaling.refinement import Refiner
 from dials_diffuse.simulation.comparison import Comparison, compare
+from dials_diffuse.simulation.settings import SimulationSettings
 from dials_diffuse.simulation.simulate import Simulation, series_scales
 from dials_diffuse.util.command import parse_arguments
 
@@ -660,3 +661,40 @@ def test_simulated_images(tmp_path, name):
         assert np.sqrt(found.overall.chi2 / true.overall.chi2) < 1.05
     else:  # the true scales are without absorption, but the model is not
         assert found.overall.chi2 < true.overall.chi2
+
+
+SHORT = vary(
+    SimulationSettings(), n_images=40, beam={"flux": 1e12}, scan={"width": 1.0}
+)
+
+
+@pytest.mark.slow
+def test_short_sweep_without_faults(tmp_path, monkeypatch):
+    """40° of images that need no scaling, with tails of Bragg peaks beyond the exclusion.
+
+    Surfaces would describe these a little, and bend the map.
+    """
+    simulation = Simulation(SHORT)
+    experiments = simulated_experiments(simulation, noise=True)
+    own = extraction_settings(simulation, BraggSettings())
+    grid = make_grid(experiments, own)
+    extract(experiments, grid, own, "extracted.refl")
+    simulation.series[0].experiments.as_file("extracted.expt")
+    truth = true_map_file(simulation, tmp_path)
+    region = ExclusionRegion(BraggSettings().metric(grid.cell, grid.rotations))
+    files = ["extracted.expt", "extracted.refl"]
+
+    def chi_square(*options: str) -> float:
+        diffuse_scale.run([*files, *options, "output.html=None", "output.json=None"])
+        diffuse_merge.run(["scaled.expt", "scaled.refl", "output.plot=None"])
+        return compare("merged.h5", truth, exclusion=[region]).overall.chi2
+
+    default, none = chi_square(), chi_square(*only())
+    monkeypatch.setattr(scale_module, "VISIBLE", 0.0)
+    bent = chi_square()
+    report(
+        "scaling, short sweep without faults",
+        chi2=f"{default:.2f} (without scaling {none:.2f}, surfaces kept {bent:.2f})",
+    )
+    assert default < 1.2 * none
+    assert bent > 2 * none
