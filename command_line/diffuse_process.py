@@ -75,7 +75,7 @@ from dials_diffuse.geometry.validation import automatic_tolerance, image_residua
 from dials_diffuse.grid import Grid
 from dials_diffuse.io.inputs import load_reflections, read_mask
 from dials_diffuse.io.maps import MapFile
-from dials_diffuse.io.masks import read_masks
+from dials_diffuse.io.masks import given_mask, read_masks
 from dials_diffuse.io.observations import ObservationFile
 from dials_diffuse.io.truth import TruthFile
 from dials_diffuse.masks.settings import MaskSettings
@@ -456,9 +456,12 @@ def check_imported(settings: ProcessSettings, mode: str) -> list[Series]:
     """The series of the images that were imported.
 
     Raises:
-        ValueError: They are stills, but are to be processed as rotation data.
+        ValueError: They are stills, but are to be processed as rotation data, or the mask
+            is of another detector.
     """
-    series = image_series(load_imported(settings.experiments or IMPORTED))
+    imported = load_imported(settings.experiments or IMPORTED)
+    given_mask(settings.mask, imported)
+    series = image_series(imported)
     stills = [s for s in series if s.is_still]
     if mode == "rotation" and stills:
         raise ValueError(

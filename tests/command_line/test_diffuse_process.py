@@ -311,6 +311,14 @@ def test_imported_experiments(fake_dials, tmp_path):
     assert not (tmp_path / "out" / "dials.import.args").exists()
 
 
+def test_mask_of_another_detector(fake_dials, tmp_path):
+    """Noticed before spots are looked for, which would fail without saying why."""
+    write_mask("other.mask", [np.ones((60, 50), dtype=bool)])
+    with pytest.raises(Sorry, match="other.mask"):
+        diffuse_process.run([*fake_dials, *EXTRACT, "input.mask=other.mask"])
+    assert not (tmp_path / "dials.find_spots.args").exists()
+
+
 def test_a_failing_program_stops_the_run(fake_dials, tmp_path):
     script = tmp_path / "bin" / "dials.index"
     script.write_text("#!/bin/sh\necho 'no lattice' | tee dials.index.log\nexit 1\n")
