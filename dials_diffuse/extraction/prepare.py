@@ -79,6 +79,7 @@ def prepare(
     Raises:
         ValueError: No image is left, or what is needed to find Bragg peaks is missing.
     """
+    _check_reflections(reflections, settings)  # before images are read
     indexing = None
     if settings.indexing.consistent == "auto":
         indexing = _find_indexing(experiments, settings)
@@ -87,11 +88,6 @@ def prepare(
         if reflections is not None:
             reflections = apply_to_reflections(reflections, indexing)
     grid = make_grid(experiments, settings)
-    if reflections is None and settings.geometry.reject_images:
-        raise ValueError(
-            "geometry.reject_images=True needs the reflection table of the experiments: "
-            "give the .refl of dials.index or dials.refine"
-        )
     images, tolerance, rejected = None, None, frozenset()
     if reflections is not None:
         images = image_residuals(experiments, reflections)
@@ -110,6 +106,23 @@ def prepare(
         images,
         tolerance,
     )
+
+
+def _check_reflections(
+    reflections: flex.reflection_table | None, settings: ExtractionSettings
+) -> None:
+    if reflections is None and settings.geometry.reject_images:
+        raise ValueError(
+            "geometry.reject_images=True needs the reflection table of the experiments: "
+            "give the .refl of dials.index or dials.refine"
+        )
+    if settings.bragg.exclusion != "shoebox":
+        return
+    if reflections is None or "bbox" not in reflections:
+        raise ValueError(
+            "bragg.exclusion=shoebox needs the reflection table of the experiments with "
+            "the bounding boxes of spots: give the .refl of dials.index or dials.refine"
+        )
 
 
 def _images_out_of_order(
@@ -157,11 +170,6 @@ def _with_peaks(
         return dataclasses.replace(settings, ellipsoids=dict(zip(names, fitted)))
     if settings.bragg.exclusion != "shoebox":
         return settings
-    if reflections is None or "bbox" not in reflections:
-        raise ValueError(
-            "bragg.exclusion=shoebox needs the reflection table of the experiments with "
-            "the bounding boxes of spots: give the .refl of dials.index or dials.refine"
-        )
     size = spot_size(reflections, experiments)
     boxes = predicted_boxes(experiments, grid.d_min, size, settings.bragg.absent)
     logger.info(
