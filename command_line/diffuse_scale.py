@@ -158,13 +158,23 @@ def scale_experiments(
         if len(bad) == np.count_nonzero(np.isfinite(found.cc)):
             raise ValueError(
                 f"min_cc={params.min_cc:g}: no experiment agrees with the rest that well, "
-                f"the best has a correlation of {np.nanmax(found.cc):.2f}"
+                f"the best has a correlation of {np.nanmax(found.cc):.3f}"
             )
         logger.info(
             "Left out, as their correlation with the rest is below %g: %s",
             params.min_cc,
-            ", ".join(f"{i} ({found.cc[i]:.2f})" for i in bad),
+            ", ".join(f"{i} ({found.cc[i]:.3f})" for i in bad),
         )
+        n_known = np.count_nonzero(np.isfinite(found.cc))
+        if 2 * len(bad) > n_known:
+            logger.warning(
+                "Warning: min_cc=%g leaves out %d of %d experiments; their median "
+                "correlation with the rest is %.3f",
+                params.min_cc,
+                len(bad),
+                n_known,
+                np.nanmedian(found.cc),
+            )
         excluded += [ImageRange(int(i)) for i in bad]
 
 
@@ -191,7 +201,7 @@ def log_result(scaling: Scaling, contributions: Mapping[str, Gain]) -> None:
             (
                 f"without {name}" if name else "all terms",
                 f"{g.chi_square:.3f}",
-                f"{g.cc:.3f}",
+                f"{g.cc:.3f}" if np.isfinite(g.cc) else "–",
             )
             for name, g in contributions.items()
         ]

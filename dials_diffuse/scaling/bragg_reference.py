@@ -7,6 +7,7 @@ stills are partial, by fractions that nobody knows, and say nothing.
 
 from __future__ import annotations
 
+import logging
 from typing import Sequence
 
 import numpy as np
@@ -20,6 +21,8 @@ from dials_diffuse.merging.observations import asu_voxels, lookup
 from dials_diffuse.scaling.block import RowReader, Rows
 from dials_diffuse.scaling.terms import TERMS, Role
 from dials_diffuse.util.compat import miller_index_to_numpy
+
+logger = logging.getLogger("dials.diffuse.scale")
 
 NEEDED = (
     "miller_index",
@@ -76,6 +79,12 @@ def _rows(
         raise ValueError(
             f"bragg_reference={path} has no complete peaks: those of stills are partial"
         )
+    logger.info(
+        "%s: %d of %d Bragg peaks are complete and serve as observations",
+        path,
+        np.count_nonzero(use),
+        len(table),
+    )
     table = table.select(flumpy.from_numpy(use))
     numbers = {i: place[name] for i, name in names.items()}
     experiment = lookup(numbers, flumpy.to_numpy(table["id"]), path)
