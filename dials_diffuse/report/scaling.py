@@ -51,6 +51,7 @@ from dials_diffuse.scaling.refinement import Refiner
 from dials_diffuse.scaling.result import Scaling
 from dials_diffuse.scaling.selection import Gain, agreement, gains
 from dials_diffuse.scaling.start import start_scales
+from dials_diffuse.scaling.terms import TERMS
 
 MOST_RANGES = 180  # of images of all sweeps together
 LEAST_RANGES = 8  # of each sweep
@@ -557,7 +558,11 @@ def _offset_record(
 
 
 def surfaces(experiments: ExperimentList, scaling: Scaling) -> list[dict[str, Any]]:
-    """Plots of the terms of several dimensions, of the first owners of each."""
+    """Plots of the terms of several dimensions, of the first owners of each.
+
+    And of what their mean at each resolution is divided by, without which a surface alone
+    would be taken for what is done to the intensities.
+    """
     result = []
     for name, joint in scaling.components.items():
         layout, seen = joint.layout, {}
@@ -566,9 +571,15 @@ def surfaces(experiments: ExperimentList, scaling: Scaling) -> list[dict[str, An
                 seen.setdefault(owner, []).append(i)
         for numbers in list(seen.values())[:MOST_OWNERS]:
             component = experiments[numbers[0]].scaling_model.components[name]
-            if not _is_surface(component.axes):
+            is_gauge = TERMS[name].stage is None
+            if not (is_gauge or _is_surface(component.axes)):
                 continue
             plot = plot_component(name, component)
+            if is_gauge:
+                title = (
+                    "What takes out the mean of all other factors at each resolution"
+                )
+                plot["layout"]["title"] = {"text": title}
             result.append(
                 {
                     "term": name,
