@@ -4,8 +4,8 @@ Maskers of dxtbx know the outline of the shadow on each panel, a convex polygon,
 angle. DIALS takes the angle at which an image begins for all of it; but a pixel that
 comes into the shadow during the image counts for a part of the exposure only. Left out
 is what lies in the shadow at any of some angles over the image, so many that its edge
-moves by about a pixel between them, ``MAX_ANGLES`` at the most: of images of 30° a rim
-two hundredths as large as the shadow stays.
+moves by about a pixel between them, ``MAX_ANGLES`` at the most: of very wide images a thin
+rim stays.
 
 The pixels of a polygon are found row by row, by the rule that dxtbx applies to each
 pixel, which takes up to half a second for 6 million pixels.

@@ -69,8 +69,7 @@ NEEDED_GAIN = 5.0
 UNFIT = 10.0
 
 # Part of the variance of a factor that must show in differences between equivalents: of
-# true corrections of sweeps and stills 0.5 to 0.9 does, of surfaces that describe other
-# errors of a short sweep 0.03 to 0.35.
+# true corrections more does, of surfaces that describe other errors of a short sweep less.
 VISIBLE = 0.4
 
 # Spread of ln(factor) that does no harm.

@@ -2,8 +2,7 @@
 
 Its knots are as far apart as in DIALS' own array model. More of them find no absorption
 that is there, but more of the smooth factors with the symmetry of the intensities that no
-observation tells from absorption: on a simulated sweep the error of the map was 1.04 times
-that with the true factors, with twice as many knots along either direction 1.06.
+observation tells from absorption (``tests/truth/test_scaling.py`` has the error of the map).
 """
 
 from __future__ import annotations
