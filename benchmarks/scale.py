@@ -8,7 +8,7 @@ refinement of all terms, error model, outliers over the whole table and writing 
 2. The same table, a quarter of its rows, about as many as by default.
 3. A table of many more rows, of which as many are refined: the memory must not grow.
 
-A row takes 100 bytes on the disk, one of the output 116, and 36 more while outliers are
+A row takes 100 bytes on the disk, one of the output 116, and 40 more while outliers are
 looked for: --rows 1e8 needs 26 GB.
 
     build/venv/bin/python benchmarks/scale.py

@@ -11,12 +11,11 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
 from dials_diffuse.io.observations import SCALED_COLUMNS
-from dials_diffuse.merging import sums
 from dials_diffuse.merging.observations import ROWS_PER_SLAB, ObservationTable, lookup
 from dials_diffuse.scaling.block import (
     EXCLUDED,
@@ -24,61 +23,20 @@ from dials_diffuse.scaling.block import (
     OUTLIER,
     SCALED,
     RowReader,
-    Rows,
 )
 from dials_diffuse.scaling.outliers import find_outliers
+from dials_diffuse.scaling.portions import (
+    ScaleFinder,
+    deal_out,
+    read_portion,
+    starts_of,
+)
 from dials_diffuse.scaling.result import Scaling
-from dials_diffuse.scaling.terms import TERMS, Role
 from dials_diffuse.util.signals import progress_bar
 
 logger = logging.getLogger("dials.diffuse.scale")
 
-ROWS_PER_PORTION = 5_000_000
 MAX_NAMES = 10  # of experiments in the log
-
-RECORD = np.dtype(
-    [
-        ("voxel", "i8"),
-        ("table", "i4"),
-        ("number", "i8"),
-        ("counts", "f4"),
-        ("response", "f4"),
-        ("base", "f4"),
-        ("variance", "f4"),
-    ]
-)
-
-
-class ScaleFinder:
-    """The factor and the offset of observations.
-
-    Args:
-        scaling: The model.
-    """
-
-    def __init__(self, scaling: Scaling) -> None:
-        self._terms = [
-            (name, TERMS[name].role, component.cell_values())
-            for name, component in scaling.components.items()
-        ]
-
-    def find(self, cells: Mapping[str, np.ndarray], n: int) -> tuple[np.ndarray, ...]:
-        """g = a b and the offset a c of n observations, photons s⁻¹ sr⁻¹.
-
-        Args:
-            cells: Cell of each observation in each term.
-            n: Number of observations.
-        """
-        outer, inner, offset = np.ones(n), np.ones(n), np.zeros(n)
-        for name, role, values in self._terms:
-            value = values[cells[name]]
-            if role is Role.OUTER:
-                outer *= value
-            elif role is Role.INNER:
-                inner *= value
-            else:
-                offset += value
-        return outer * inner, outer * offset
 
 
 def flag_outliers(
@@ -98,52 +56,25 @@ def flag_outliers(
         shape = (max(table.n_rows, 1),)
         path = folder / f"outliers_{i}"
         flags.append(np.memmap(path, dtype=bool, mode="w+", shape=shape))
-    n_portions = -(-reader.n_rows // ROWS_PER_PORTION)
-    portions = [folder / f"portion_{i}" for i in range(n_portions)]
-    _deal_out(reader, ScaleFinder(scaling), portions)
+    portions = deal_out(reader, ScaleFinder(scaling), folder, "Applying the model")
     for path in progress_bar(portions, desc="Finding outliers", unit="portion"):
-        rows = np.fromfile(path, dtype=RECORD)
+        rows = read_portion(path)
         os.unlink(path)
-        rows = rows[np.argsort(rows["voxel"], kind="stable")]
-        first = np.flatnonzero(np.diff(rows["voxel"], prepend=-1))
+        start = starts_of(rows["voxel"])
         outlier = find_outliers(
             rows["counts"],
             rows["response"],
             rows["base"],
             rows["variance"],
-            np.append(first, len(rows)).astype(np.int64),
+            start,
             threshold=threshold,
             error_model=scaling.error_model,
-            reference=None if known is None else known.of(rows["voxel"][first]),
+            reference=None if known is None else known.of(rows["voxel"][start[:-1]]),
         )
         for i, flag in enumerate(flags):
             mine = outlier & (rows["table"] == i)
             flag[rows["number"][mine]] = True
     return flags
-
-
-def _deal_out(reader: RowReader, finder: ScaleFinder, portions: Sequence[Path]) -> None:
-    """Append the rows of each voxel to the file of its portion."""
-    for path in portions:
-        path.touch()
-    for table, start, stop in reader.slabs("Applying the model"):
-        rows = reader.read(table, start, stop)
-        record = _records(rows, table, finder)
-        portion = sums.mix_bits(rows.voxel.view(np.uint64)) % np.uint64(len(portions))
-        for i, path in enumerate(portions):
-            chosen = record[portion == i] if len(portions) > 1 else record
-            with open(path, "ab") as handle:
-                chosen.tofile(handle)
-
-
-def _records(rows: Rows, table: int, finder: ScaleFinder) -> np.ndarray:
-    factor, offset = finder.find(rows.cells, len(rows.voxel))
-    record = np.empty(len(rows.voxel), dtype=RECORD)
-    record["voxel"], record["table"], record["number"] = rows.voxel, table, rows.number
-    record["counts"], record["variance"] = rows.counts, rows.variance
-    record["response"] = rows.normalisation * factor
-    record["base"] = rows.background + rows.normalisation * offset
-    return record
 
 
 def ranges_of_voxels(

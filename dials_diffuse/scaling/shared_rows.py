@@ -13,29 +13,23 @@ from pathlib import Path
 
 import numpy as np
 
-from dials_diffuse.merging import sums
-from dials_diffuse.scaling.apply import ROWS_PER_PORTION, ScaleFinder
-from dials_diffuse.scaling.block import RowReader, Rows
+from dials_diffuse.scaling.block import RowReader
 from dials_diffuse.scaling.error_model import ErrorModel
 from dials_diffuse.scaling.initial import Pairs, add_up_pairs
 from dials_diffuse.scaling.outliers import find_outliers
+from dials_diffuse.scaling.portions import (
+    RECORD,
+    ScaleFinder,
+    deal_out,
+    read_portion,
+    starts_of,
+)
 from dials_diffuse.scaling.reference import Reference
 from dials_diffuse.scaling.result import Scaling
 
-RECORD = np.dtype(
-    [
-        ("voxel", "i8"),
-        ("experiment", "i4"),
-        ("counts", "f4"),
-        ("response", "f4"),
-        ("base", "f4"),
-        ("variance", "f4"),
-    ]
-)
-
 
 class SharedRows:
-    """Rows with the model applied, 28 bytes each on disk.
+    """Rows with the model applied, 40 bytes each on disk.
 
     Args:
         reader: Of all observations.
@@ -48,23 +42,12 @@ class SharedRows:
         self.n_rows = np.zeros(self.n_experiments, dtype=np.int64)
         self._reference: Reference | None = None
         self._folder = folder
-        n_portions = -(-reader.n_rows // ROWS_PER_PORTION)
-        self._paths = [folder / f"portion_{i}" for i in range(n_portions)]
-        self._deal_out(reader, ScaleFinder(scaling))
-
-    def _deal_out(self, reader: RowReader, finder: ScaleFinder) -> None:
-        """Append the rows of each voxel to the file of its portion, and count them."""
+        self._paths = deal_out(
+            reader, ScaleFinder(scaling), folder, "Reading what is left"
+        )
         for path in self._paths:
-            path.touch()
-        for slab in reader.slabs("Reading what is left"):
-            rows = reader.read(*slab)
-            self.n_rows += np.bincount(rows.experiment, minlength=self.n_experiments)
-            record = _records(rows, finder)
-            portion = sums.mix_bits(rows.voxel.view(np.uint64))
-            portion %= np.uint64(len(self._paths))
-            for i, path in enumerate(self._paths):
-                with open(path, "ab") as handle:
-                    record[portion == i].tofile(handle)
+            experiment = np.fromfile(path, dtype=RECORD)["experiment"]
+            self.n_rows += np.bincount(experiment, minlength=self.n_experiments)
 
     def keep(self, chosen: np.ndarray, reference: Reference | None) -> None:
         """Sort the rows by voxel, and drop the voxels that tell nothing.
@@ -76,9 +59,8 @@ class SharedRows:
         self._reference = reference
         kept = []
         for path in self._paths:
-            rows = np.fromfile(path, dtype=RECORD)
+            rows = read_portion(path)
             os.unlink(path)
-            rows = rows[np.argsort(rows["voxel"], kind="stable")]
             rows = rows[_is_shared(rows, chosen, reference)]
             if len(rows):
                 rows.tofile(path)
@@ -108,7 +90,7 @@ class SharedRows:
         parts, n_rows = [], np.zeros(self.n_experiments, dtype=np.int64)
         for path in self._paths:
             rows = np.memmap(path, dtype=RECORD, mode="r")
-            start = _starts(rows["voxel"])
+            start = starts_of(rows["voxel"])
             use = np.ones(len(rows), dtype=bool)
             if threshold is not None:
                 known = np.where(np.isfinite(log_k), log_k, 0.0)
@@ -159,29 +141,13 @@ class SharedRows:
         return Pairs(*(in_file(*item) for item in pairs._asdict().items()))
 
 
-def _records(rows: Rows, finder: ScaleFinder) -> np.ndarray:
-    factor, offset = finder.find(rows.cells, len(rows.voxel))
-    record = np.empty(len(rows.voxel), dtype=RECORD)
-    record["voxel"], record["experiment"] = rows.voxel, rows.experiment
-    record["counts"], record["variance"] = rows.counts, rows.variance
-    record["response"] = rows.normalisation * factor
-    record["base"] = rows.background + rows.normalisation * offset
-    return record
-
-
-def _starts(voxel: np.ndarray) -> np.ndarray:
-    """First row of each voxel and, last, the number of rows; rows sorted by voxel."""
-    first = np.flatnonzero(np.diff(voxel, prepend=-1))
-    return np.append(first, len(voxel)).astype(np.int64)
-
-
 def _is_shared(
     rows: np.ndarray, chosen: np.ndarray, reference: Reference | None
 ) -> np.ndarray:
     """Whether each row is of a voxel that a chosen experiment shares with another."""
     if len(rows) == 0:
         return np.zeros(0, dtype=bool)
-    start = _starts(rows["voxel"])
+    start = starts_of(rows["voxel"])
     first, experiment = start[:-1], rows["experiment"]
     shared = np.minimum.reduceat(experiment, first) < np.maximum.reduceat(
         experiment, first

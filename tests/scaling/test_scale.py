@@ -27,7 +27,7 @@ from dials_diffuse import symmetry
 from dials_diffuse.command_line import diffuse_scale
 from dials_diffuse.io.observations import ObservationFile
 from dials_diffuse.merging.sums import pack
-from dials_diffuse.scaling import shared_rows
+from dials_diffuse.scaling import portions
 from dials_diffuse.scaling.block import ImageRange
 from dials_diffuse.scaling.determination import standard_error
 from dials_diffuse.scaling.reference import Reference
@@ -327,7 +327,7 @@ def test_a_map_tells_the_scales_of_experiments_with_few_rows(
 def test_remaining_scales_do_not_depend_on_the_size_of_portions(stills, monkeypatch):
     """The rows of a voxel are in one portion, whatever their number."""
     whole = scaled_stills(stills, *SMALL)
-    monkeypatch.setattr(shared_rows, "ROWS_PER_PORTION", 1000)
+    monkeypatch.setattr(portions, "ROWS_PER_PORTION", 1000)
     parts = scaled_stills(stills, *SMALL)
     assert parts.experiment_scales() == pytest.approx(
         whole.experiment_scales(), rel=1e-4
