@@ -52,7 +52,7 @@ from dials_diffuse.io.observations import (
 from dials_diffuse.merging.observations import check_tables, experiment_numbers
 from dials_diffuse.report.scaling import scaling_record
 from dials_diffuse.report.scaling_plots import render_page
-from dials_diffuse.scaling.apply import count, flag_outliers, scaled_rows
+from dials_diffuse.scaling.apply import all_outliers, count, scaled_rows
 from dials_diffuse.scaling.block import ImageRange, RowReader
 from dials_diffuse.scaling.excluded import parse_excluded, read_blocks
 from dials_diffuse.scaling.models import scaling_models
@@ -230,7 +230,7 @@ def write_output(
         if params.outliers.reject and scaling.refiner is not None:
             temporary = stack.enter_context(tempfile.TemporaryDirectory(dir=folder))
             threshold = params.outliers.threshold
-            outliers = flag_outliers(reader, scaling, threshold, Path(temporary))
+            outliers = all_outliers(reader, scaling, threshold, Path(temporary))
         path = stack.enter_context(atomic_path(params.output.reflections))
         writer = stack.enter_context(
             ObservationWriter(

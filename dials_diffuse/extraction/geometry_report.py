@@ -40,18 +40,7 @@ def log_images(images: ImageResiduals, tolerance: float, reject: bool) -> None:
     )
     # the worst images first
     order = np.argsort(-images.mean, kind="stable")
-    rows = [
-        (
-            int(images.experiment[i]),
-            int(images.array_index[i]) + 1,
-            int(n[i]),
-            images.mean[i],
-            images.mean_error[i],
-            images.largest[i],
-            images.shift[i],
-        )
-        for i in order
-    ]
+    rows = [_table_row(images, i) for i in order]
     header = ("experiment", "image", "spots", "mean 1/Å", "error", "largest", "shift")
     is_beyond = images.is_beyond(tolerance)[order]
     bad = [row for row, beyond in zip(rows, is_beyond) if beyond]
@@ -78,6 +67,18 @@ def log_images(images: ImageResiduals, tolerance: float, reject: bool) -> None:
             unsure,
             SIGNIFICANT,
         )
+
+
+def _table_row(images: ImageResiduals, i: int) -> tuple[float, ...]:
+    return (
+        int(images.experiment[i]),
+        int(images.array_index[i]) + 1,
+        int(images.n_spots[i]),
+        images.mean[i],
+        images.mean_error[i],
+        images.largest[i],
+        images.shift[i],
+    )
 
 
 def geometry_record(

@@ -92,20 +92,7 @@ def write_cbf(
     cbf.new_datablock(Path(path).stem.encode())
     cbf.add_category("array_data", ["header_convention", "header_contents", "data"])
     cbf.add_row(["GENERIC_MINI", header])
-    n_slow, n_fast = counts.shape
-    cbf.set_integerarray_wdims_fs(
-        pycbf.CBF_BYTE_OFFSET,
-        1,  # number of the binary section
-        np.ascontiguousarray(counts, dtype="<i4").tobytes(),
-        4,  # bytes of an element
-        1,  # signed
-        counts.size,
-        b"little_endian",
-        n_fast,
-        n_slow,
-        1,
-        0,  # padding
-    )
+    _set_cbf_image(cbf, counts)
     with atomic_path(path) as temporary:
         try:
             cbf.write_widefile(
@@ -121,6 +108,23 @@ def write_cbf(
         # CBFlib does not notice that the end does not reach the disk
         if not _ends_with(temporary, CBF_END):
             raise ValueError(disk_full_message(path))
+
+
+def _set_cbf_image(cbf: cbf_wrapper, counts: np.ndarray) -> None:
+    n_slow, n_fast = counts.shape
+    cbf.set_integerarray_wdims_fs(
+        pycbf.CBF_BYTE_OFFSET,
+        1,  # number of the binary section
+        np.ascontiguousarray(counts, dtype="<i4").tobytes(),
+        4,  # bytes of an element
+        1,  # signed
+        counts.size,
+        b"little_endian",
+        n_fast,
+        n_slow,
+        1,
+        0,  # padding
+    )
 
 
 def _ends_with(path: Path, end: bytes) -> bool:
@@ -219,20 +223,14 @@ def write_nexus(
         try:
             entry = nexus_group(output.file, "entry", "NXentry")
             entry["definition"] = "NXmx"
-            entry["start_time"] = (
-                "2000-01-01T00:00:00Z"  # files do not depend on the time
-            )
+            # Files do not depend on the time.
+            entry["start_time"] = "2000-01-01T00:00:00Z"
             nexus_group(entry, "source", "NXsource")["name"] = "simulation"
             instrument = nexus_group(entry, "instrument", "NXinstrument")
             instrument["name"] = "simulation"
             _write_beam(nexus_group(instrument, "beam", "NXbeam"), experiment.beam)
             group = nexus_group(instrument, "detector", "NXdetector")
-            _write_detector(group, detector, exposure)
-            if active is not None:
-                gaps = np.concatenate([~np.asarray(a, dtype=bool) for a in active])
-                group.create_dataset(
-                    "pixel_mask", data=gaps.astype(np.uint32), compression="gzip"
-                )
+            _write_detector(group, detector, exposure, active)
             _write_sample(nexus_group(entry, "sample", "NXsample"), experiment)
             data = nexus_group(entry, "data", "NXdata")
             data.attrs["signal"] = "data"
@@ -335,8 +333,18 @@ def _write_beam(group: h5py.Group, beam: Beam) -> None:
     _quantity(group, "total_flux", beam.get_flux(), "Hz")
 
 
-def _write_detector(group: h5py.Group, detector: Detector, exposure: float) -> None:
+def _write_detector(
+    group: h5py.Group,
+    detector: Detector,
+    exposure: float,
+    active: Sequence[np.ndarray] | None,
+) -> None:
     """The detector, its modules displaced from its position along the beam."""
+    if active is not None:
+        gaps = np.concatenate([~np.asarray(a, dtype=bool) for a in active])
+        group.create_dataset(
+            "pixel_mask", data=gaps.astype(np.uint32), compression="gzip"
+        )
     first = detector[0]
     group["type"] = "Pixel"
     group["sensor_material"] = "Silicon"

@@ -191,6 +191,14 @@ def to_plane(rings: Rings) -> tuple[np.ndarray, np.ndarray, tuple[int, int], flo
     return cell, known, shape, size
 
 
+def nearest_seen(seen: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Indices of the nearest cell that is True, for each cell of a plane."""
+    found = ndimage.distance_transform_edt(
+        ~seen, return_distances=False, return_indices=True
+    )
+    return tuple(found)
+
+
 def find_beamstop(
     mean: np.ndarray,
     noise: np.ndarray,
@@ -225,11 +233,7 @@ def find_beamstop(
     seen = plane.copy()
     plane[cell[low]] = True
     seen[cell[good]] = True
-    nearest = tuple(
-        ndimage.distance_transform_edt(
-            ~seen.reshape(shape), return_distances=False, return_indices=True
-        )
-    )
+    nearest = nearest_seen(seen.reshape(shape))
     labels, _ = ndimage.label(plane.reshape(shape)[nearest], np.ones((3, 3)))
     innermost = good & (radius <= radius[good].min() + NEAR)
     central = np.setdiff1d(labels.ravel()[cell[innermost & low]], [0])

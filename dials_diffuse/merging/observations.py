@@ -22,8 +22,9 @@ from dials_diffuse.util.signals import progress_bar
 
 logger = logging.getLogger("dials.diffuse.merge")
 
-# Rows of the observation tables that are in memory at once.
-ROWS_PER_SLAB = 1_000_000
+# Rows of the observation tables that are in memory at once. More are no faster, and free
+# memory of that size is left in pieces.
+ROWS_PER_SLAB = 250_000
 
 REQUIRED_COLUMNS = (
     "miller_index",

@@ -1,9 +1,9 @@
 """The scaling model applied to whole tables, in bounded memory.
 
 Outliers are judged by all observations of a voxel, which symmetry spreads over the table,
-and by a map that was scaled to. So the rows are dealt out by voxel to files, in such
-portions that one fits into memory; the flags of the rows of each go to a file of their
-own. Then the tables are written as one, range of voxels by range of voxels.
+and by a map that was scaled to. So the rows are dealt out by voxel to files, in portions
+of which one is in memory at once; the numbers of outliers go to a file of their own. Then
+the tables are written as one, range of voxels by range of voxels.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from dials_diffuse.scaling.block import (
     SCALED,
     RowReader,
 )
+from dials_diffuse.scaling.outlier_rows import OutlierRows
 from dials_diffuse.scaling.outliers import find_outliers
 from dials_diffuse.scaling.portions import (
     ScaleFinder,
@@ -39,23 +40,19 @@ logger = logging.getLogger("dials.diffuse.scale")
 MAX_NAMES = 10  # of experiments in the log
 
 
-def flag_outliers(
+def all_outliers(
     reader: RowReader, scaling: Scaling, threshold: float, folder: Path
-) -> list[np.ndarray]:
-    """Whether each row of each table is an outlier; arrays in files of a folder.
+) -> OutlierRows:
+    """The outliers among all rows of all tables.
 
     Args:
         reader: Of the observations.
         scaling: The model, which has been refined.
         threshold: Deviation from which on an observation is an outlier.
-        folder: For temporary files.
+        folder: For temporary files; the caller removes it.
     """
     known = scaling.refiner.map
-    flags = []
-    for i, table in enumerate(reader.tables):
-        shape = (max(table.n_rows, 1),)
-        path = folder / f"outliers_{i}"
-        flags.append(np.memmap(path, dtype=bool, mode="w+", shape=shape))
+    outliers = OutlierRows(folder, len(reader.tables))
     portions = deal_out(reader, ScaleFinder(scaling), folder, "Applying the model")
     for path in progress_bar(portions, desc="Finding outliers", unit="portion"):
         rows = read_portion(path)
@@ -71,10 +68,8 @@ def flag_outliers(
             error_model=scaling.error_model,
             reference=None if known is None else known.of(rows["voxel"][start[:-1]]),
         )
-        for i, flag in enumerate(flags):
-            mine = outlier & (rows["table"] == i)
-            flag[rows["number"][mine]] = True
-    return flags
+        outliers.add(rows["table"][outlier], rows["number"][outlier])
+    return outliers
 
 
 def ranges_of_voxels(
@@ -117,14 +112,14 @@ def _first_row(table: ObservationTable, key: int) -> int:
 
 
 def scaled_rows(
-    reader: RowReader, scaling: Scaling, outliers: Sequence[np.ndarray] | None
+    reader: RowReader, scaling: Scaling, outliers: OutlierRows | None
 ) -> Iterator[dict[str, np.ndarray]]:
     """All rows of all tables with factors, offsets and flags, in the order of voxels.
 
     Args:
         reader: Of the observations.
         scaling: The model.
-        outliers: Whether each row of each table is an outlier.
+        outliers: Which rows are outliers.
 
     Yields:
         ``SCALED_COLUMNS`` of some rows; ``id`` is the number of the experiment.
@@ -140,8 +135,11 @@ def scaled_rows(
         parts = []
         for number, (start, stop) in enumerate(limits):
             if stop > start:
-                outlier = None if outliers is None else outliers[number][start:stop]
-                parts.append(_scale(reader, number, start, stop, finder, outlier))
+                part = _scale(reader, number, start, stop, finder)
+                if outliers is not None:
+                    outlier = outliers.flags(number, start, stop)
+                    part["flags"] |= np.where(outlier, OUTLIER, np.uint64(0))
+                parts.append(part)
         if not parts:
             continue
         rows = {
@@ -160,7 +158,6 @@ def _scale(
     start: int,
     stop: int,
     finder: ScaleFinder,
-    outlier: np.ndarray | None,
 ) -> dict[str, np.ndarray]:
     """Rows of a table with what scaling adds."""
     table = reader.tables[number]
@@ -173,10 +170,7 @@ def _scale(
     rows["id"] = experiment.astype(np.int32)
     flags = rows["flags"].astype(np.uint64) & ~OF_SCALING
     excluded = reader.is_excluded(experiment, rows["xyzobs.px.value"][:, 2])
-    flags |= np.where(excluded, EXCLUDED, SCALED)
-    if outlier is not None:
-        flags |= np.where(outlier, OUTLIER, np.uint64(0))
-    rows["flags"] = flags
+    rows["flags"] = flags | np.where(excluded, EXCLUDED, SCALED)
     return rows
 
 

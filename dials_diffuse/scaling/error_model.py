@@ -395,6 +395,12 @@ def refine_error_model(
         )
         return ErrorModel()
     model = fit_error_model(found)
+    _log_doubts(model, level)
+    return model
+
+
+def _log_doubts(model: ErrorModel, level: int) -> None:
+    """What is strange about a model."""
     if not model.is_refined:
         logger.log(
             level,
@@ -408,7 +414,6 @@ def refine_error_model(
             "%g: the gain of the detector may be wrong",
             MIN_A,
         )
-    return model
 
 
 def fit_error_model(found: Residuals) -> ErrorModel:

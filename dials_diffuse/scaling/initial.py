@@ -91,7 +91,7 @@ def add_up_pairs(
 
     Nothing is lost by it: the likelihood depends on these sums only.
     """
-    shape = (int(voxel.max()) + 1, int(experiment.max()) + 1)
+    shape = [int(x.max(initial=-1)) + 1 for x in (voxel, experiment)]
     # Sparse matrices add up what falls in one place; they keep sums that are zero.
     total, norm = (
         sparse.csr_matrix((column, (voxel, experiment)), shape)

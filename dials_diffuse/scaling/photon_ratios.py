@@ -18,7 +18,7 @@ and nothing in memory but some numbers for each experiment.
 from __future__ import annotations
 
 import logging
-from typing import NamedTuple, Sequence
+from typing import Iterable, NamedTuple
 
 import numpy as np
 from scipy import optimize
@@ -48,11 +48,12 @@ class Sums(NamedTuple):
     due: np.ndarray
 
 
-def add_up(parts: Sequence[Pairs], log_k: np.ndarray) -> Sums:
+def add_up(parts: Iterable[Pairs], log_k: np.ndarray) -> Sums:
     """What each experiment has seen, and what it should have seen.
 
     Args:
         parts: Sums of each voxel and experiment; all those of a voxel are in one part.
+            They are gone through many times.
         log_k: Logarithm of what the response of each experiment is to be multiplied by;
             -inf takes it out.
     """
@@ -77,7 +78,7 @@ def add_up(parts: Sequence[Pairs], log_k: np.ndarray) -> Sums:
 
 
 def find_ratios(
-    parts: Sequence[Pairs], unknown: np.ndarray, log_k: np.ndarray | None = None
+    parts: Iterable[Pairs], unknown: np.ndarray, log_k: np.ndarray | None = None
 ) -> np.ndarray:
     """Logarithms of what scales are to be multiplied by; -inf where nothing tells them.
 
@@ -108,7 +109,7 @@ def find_ratios(
 
 
 def _maximise(
-    parts: Sequence[Pairs], active: np.ndarray, log_k: np.ndarray, sums: Sums
+    parts: Iterable[Pairs], active: np.ndarray, log_k: np.ndarray, sums: Sums
 ) -> np.ndarray:
     """The logarithms of greatest likelihood of the active experiments.
 

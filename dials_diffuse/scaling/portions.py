@@ -1,7 +1,7 @@
 """All rows with the scaling model applied, dealt out by voxel to files.
 
-Symmetry spreads the rows of a voxel over the tables. Of the files, the portions, one fits
-into memory, and each has all rows of its voxels.
+Symmetry spreads the rows of a voxel over the tables. Each of the files, the portions, has
+all rows of its voxels, and one of them is in memory at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from dials_diffuse.scaling.block import RowReader, Rows
 from dials_diffuse.scaling.result import Scaling
 from dials_diffuse.scaling.terms import TERMS, Role
 
-ROWS_PER_PORTION = 5_000_000
+# Each is a file, and in memory twice while it is sorted.
+ROWS_PER_PORTION = 1_000_000
 
 RECORD = np.dtype(
     [
@@ -84,12 +85,14 @@ def deal_out(
         path.touch()
     for table, start, stop in reader.slabs(text):
         rows = reader.read(table, start, stop)
-        record = _records(rows, table, finder)
-        portion = sums.mix_bits(rows.voxel.view(np.uint64)) % np.uint64(len(paths))
-        for i, path in enumerate(paths):
-            chosen = record[portion == i] if len(paths) > 1 else record
-            with open(path, "ab") as handle:
-                chosen.tofile(handle)
+        portion = sums.mix_bits(rows.voxel.view(np.uint64)) % np.uint64(n_portions)
+        order = np.argsort(portion, kind="stable")
+        record = _records(rows, table, finder)[order]
+        ends = np.cumsum(np.bincount(portion.astype(np.int64), minlength=n_portions))
+        for path, chosen in zip(paths, np.split(record, ends[:-1])):
+            if len(chosen):
+                with open(path, "ab") as handle:
+                    chosen.tofile(handle)
     return paths
 
 

@@ -75,7 +75,8 @@ def agreement(refiner: Refiner, n_experiments: int) -> Agreement:
         (refiner.photons - offset)[used].astype(float),
         response[used].astype(float),
     )
-    voxel, experiment, photons, norm = with_reference(refiner, pairs, n_experiments)
+    pairs = with_reference(refiner.reference, pairs, n_experiments)
+    voxel, experiment, photons, norm = pairs
     total = np.bincount(voxel, photons, block.n_groups)[voxel]
     total_norm = np.bincount(voxel, norm, block.n_groups)[voxel]
     shared = (total_norm - norm > 1e-6 * total_norm) & (norm > 0)

@@ -1,7 +1,7 @@
 """All observations of the voxels that some experiments share with others, in files.
 
 Symmetry spreads the rows of a voxel over the table. So all rows are dealt out by voxel to
-files, in such portions that one fits into memory, and of each portion those voxels are
+files, in portions of which one is in memory at once, and of each portion those voxels are
 kept that one of the experiments in question has seen and something else, too: another
 experiment or a reference map.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Iterator
 
 import numpy as np
 
@@ -26,6 +27,32 @@ from dials_diffuse.scaling.portions import (
 )
 from dials_diffuse.scaling.reference import Reference
 from dials_diffuse.scaling.result import Scaling
+from dials_diffuse.scaling.start import with_reference
+
+
+class PairFiles:
+    """Pairs of voxels and experiments in files, one of which is read at once.
+
+    Args:
+        folder: For the files, which replace those of an earlier set in it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._paths: list[Path] = []
+
+    def append(self, pairs: Pairs) -> None:
+        """Write a part."""
+        path = self._folder / f"pairs_{len(self._paths)}"
+        with open(path, "wb") as handle:
+            for column in pairs:
+                np.save(handle, column)
+        self._paths.append(path)
+
+    def __iter__(self) -> Iterator[Pairs]:
+        for path in self._paths:
+            with open(path, "rb") as handle:
+                yield Pairs(*(np.load(handle) for _ in Pairs._fields))
 
 
 class SharedRows:
@@ -73,7 +100,7 @@ class SharedRows:
         threshold: float | None,
         error_model: ErrorModel = ErrorModel(),
         exempt: np.ndarray | None = None,
-    ) -> tuple[list[Pairs], np.ndarray]:
+    ) -> tuple[PairFiles, np.ndarray]:
         """The sums of each voxel and experiment, without outliers, in files.
 
         Args:
@@ -84,13 +111,15 @@ class SharedRows:
             exempt: Whether each experiment has no outliers.
 
         Returns:
-            The pairs of each portion, whose voxels are numbered from 0, and the number
-            of rows of each experiment in them.
+            The pairs of each portion, whose voxels are numbered from 0, until the next
+            call, and the number of rows of each experiment in them.
         """
-        parts, n_rows = [], np.zeros(self.n_experiments, dtype=np.int64)
+        parts = PairFiles(self._folder)
+        n_rows = np.zeros(self.n_experiments, dtype=np.int64)
         for path in self._paths:
-            rows = np.memmap(path, dtype=RECORD, mode="r")
+            rows = np.fromfile(path, dtype=RECORD)
             start = starts_of(rows["voxel"])
+            known_map = self._map_of(rows["voxel"][start[:-1]])
             use = np.ones(len(rows), dtype=bool)
             if threshold is not None:
                 known = np.where(np.isfinite(log_k), log_k, 0.0)
@@ -103,42 +132,29 @@ class SharedRows:
                     start,
                     threshold=threshold,
                     error_model=error_model,
+                    reference=known_map,
                 )
             if exempt is not None:
                 use |= exempt[rows["experiment"]]
             n_rows += np.bincount(rows["experiment"][use], minlength=self.n_experiments)
-            parts.append(self._in_files(self._pairs(rows, start, use), path))
+            pairs = _pairs(rows, start, use)
+            parts.append(with_reference(known_map, pairs, self.n_experiments))
         return parts, n_rows
 
-    def _pairs(self, rows: np.ndarray, start: np.ndarray, use: np.ndarray) -> Pairs:
-        """The sums of some rows, and of the reference map."""
-        group = np.repeat(np.arange(len(start) - 1), np.diff(start))
-        chosen = rows[use]
-        pairs = add_up_pairs(
-            group[use],
-            chosen["experiment"],
-            chosen["counts"].astype(float) - chosen["base"],
-            chosen["response"].astype(float),
-        )
-        if self._reference is None:
-            return pairs
-        known = self._reference.of(rows["voxel"][start[:-1]])
-        (place,) = np.nonzero(known.known)
-        number = np.full(len(place), self.n_experiments)
-        further = (place, number, known.photons[place], known.response[place])
-        return Pairs(*(np.concatenate(columns) for columns in zip(pairs, further)))
+    def _map_of(self, voxel: np.ndarray) -> Reference | None:
+        return None if self._reference is None else self._reference.of(voxel)
 
-    def _in_files(self, pairs: Pairs, portion: Path) -> Pairs:
-        """The same pairs, in files, read when they are needed."""
 
-        def in_file(name: str, column: np.ndarray) -> np.ndarray:
-            path = self._folder / f"{portion.name}_{name}.npy"
-            # Not overwritten: earlier ones may still be mapped to memory.
-            path.unlink(missing_ok=True)
-            np.save(path, column)
-            return np.load(path, mmap_mode="r")
-
-        return Pairs(*(in_file(*item) for item in pairs._asdict().items()))
+def _pairs(rows: np.ndarray, start: np.ndarray, use: np.ndarray) -> Pairs:
+    """The sums of some rows."""
+    group = np.repeat(np.arange(len(start) - 1), np.diff(start))
+    chosen = rows[use]
+    return add_up_pairs(
+        group[use],
+        chosen["experiment"],
+        chosen["counts"].astype(float) - chosen["base"],
+        chosen["response"].astype(float),
+    )
 
 
 def _is_shared(

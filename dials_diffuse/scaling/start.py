@@ -13,25 +13,26 @@ from dials_diffuse.scaling.initial import (
     add_up_pairs,
     relative_scales,
 )
+from dials_diffuse.scaling.reference import Reference
 from dials_diffuse.scaling.refinement import Refiner
 
 
-def with_reference(refiner: Refiner, pairs: Pairs, number: int) -> Pairs:
+def with_reference(reference: Reference | None, pairs: Pairs, number: int) -> Pairs:
     """Pairs of voxels and experiments, and those of a reference map if there is one.
 
     Args:
-        refiner: Whose block has the voxels.
+        reference: What the map says of the voxels, by their numbers in the pairs.
         pairs: Of the experiments.
         number: Of the experiment that the map is to be.
     """
-    if refiner.reference is None:
+    if reference is None:
         return pairs
-    known = np.flatnonzero(refiner.reference.known)
+    known = np.flatnonzero(reference.known)
     further = (
         known,
         np.full(len(known), number),
-        refiner.reference.photons[known],
-        refiner.reference.response[known],
+        reference.photons[known],
+        reference.response[known],
     )
     return Pairs(*(np.concatenate(columns) for columns in zip(pairs, further)))
 
@@ -50,7 +51,7 @@ def start_scales(refiner: Refiner, n_experiments: int) -> RelativeScales:
     )
     if refiner.reference is None:
         return relative_scales(pairs, n_experiments)
-    pairs = with_reference(refiner, pairs, n_experiments)
+    pairs = with_reference(refiner.reference, pairs, n_experiments)
     scale, group = relative_scales(pairs, n_experiments + 1)
     if group[-1] >= 0:
         scale[group == group[-1]] /= scale[-1]

@@ -16,7 +16,7 @@ from dials_diffuse.io.maps import read_map
 from dials_diffuse.io.observations import ObservationFile
 from dials_diffuse.merging.sums import pack
 from dials_diffuse.report.scaling import Observations, scaling_record
-from dials_diffuse.scaling.apply import flag_outliers
+from dials_diffuse.scaling.apply import all_outliers
 from dials_diffuse.scaling.models import scaling_models
 from dials_diffuse.scaling.outliers import THRESHOLD
 from dials_diffuse.scaling.reference import NEEDED, Reference, read_reference
@@ -194,7 +194,8 @@ def test_rows_that_the_map_contradicts_are_outliers(observed, merged, tmp_path, 
     """Even the only row of a voxel; what the map does not know cannot be judged."""
     files, is_hot = with_hot_rows(observed, tmp_path, n_hot)
     with scaling_of(observed, files, merged) as (result, reader):
-        (flags,) = flag_outliers(reader, result, THRESHOLD, tmp_path)
+        outliers = all_outliers(reader, result, THRESHOLD, tmp_path)
+        flags = outliers.flags(0, 0, reader.n_rows)
     refiner = result.refiner
     block, known = refiner.block, refiner.reference.known
     hot = block.counts > 2500

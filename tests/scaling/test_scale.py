@@ -302,6 +302,16 @@ def test_all_experiments_with_few_of_the_chosen_rows(still_geometry, tmp_path, c
     assert "uncertain" not in caplog.text
 
 
+def true_map(geometry: Geometry, observed: Observed) -> Reference:
+    """A map of true intensities."""
+    index = geometry.columns["miller_index"]
+    unique = pack(symmetry.map_to_asu(index, geometry.grid.laue_group))
+    voxel, first = np.unique(unique, return_index=True)
+    response = 100 * geometry.columns["normalisation"][first]
+    nothing = np.zeros(len(voxel))
+    return Reference(voxel, observed.intensity[first], response, nothing, nothing)
+
+
 @pytest.mark.parametrize("n_excluded", [0, 4, 5])
 def test_a_map_tells_the_scales_of_experiments_with_few_rows(
     still_geometry, tmp_path, n_excluded
@@ -309,12 +319,7 @@ def test_a_map_tells_the_scales_of_experiments_with_few_rows(
     """A map of true intensities makes them absolute, also that of a single still."""
     n_rows = np.where(np.arange(6) < 4, np.inf, 300)
     observed = draw_stills(still_geometry, tmp_path, n_rows)
-    index = still_geometry.columns["miller_index"]
-    unique = pack(symmetry.map_to_asu(index, still_geometry.grid.laue_group))
-    voxel, first = np.unique(unique, return_index=True)
-    response = 100 * still_geometry.columns["normalisation"][first]
-    nothing = np.zeros(len(voxel))
-    reference = Reference(voxel, observed.intensity[first], response, nothing, nothing)
+    reference = true_map(still_geometry, observed)
     excluded = [ImageRange(i) for i in range(n_excluded)]
     result = scaled_stills(observed, *SMALL, excluded=excluded, reference=reference)
     expected = [Source.REFINEMENT] * 4 + [Source.ALL] * 2
@@ -354,6 +359,25 @@ def test_hot_rows_of_an_experiment_with_few_rows(stills, tmp_path, n_hot, size):
         relative_errors(refined)[5], abs=0.05
     )
     assert np.abs(relative_errors(remaining)).max() < 0.05
+
+
+def test_hot_rows_of_an_experiment_that_only_a_map_knows(still_geometry, tmp_path):
+    """A map judges rows that no other experiment can; control: without outliers."""
+    n_rows = np.where(np.arange(6) == 4, 300, np.inf)
+    observed = draw_stills(still_geometry, tmp_path, n_rows)
+    rows = read_all(observed.files[1])
+    mine = np.flatnonzero(rows["id"] == 4)
+    hot = np.zeros(len(rows["id"]))
+    hot[np.random.default_rng(1).choice(mine, 3, replace=False)] = 1e4
+    spoilt = changed(observed, tmp_path, hot)
+    options = {"excluded": [ImageRange(i) for i in (0, 1, 2, 3, 5)]}
+    options["reference"] = true_map(still_geometry, observed)
+    result = scaled_stills(spoilt, *SMALL, **options)
+    assert result.source[4] is Source.ALL
+    good = result.experiment_scales()[4]
+    assert good == pytest.approx(STILL_SCALES[4], rel=0.05)
+    all_rows = scaled_stills(spoilt, *SMALL, "outliers.reject=False", **options)
+    assert all_rows.experiment_scales()[4] > 1.2 * good
 
 
 def test_experiment_with_few_rows_at_all(still_geometry, tmp_path, caplog):
