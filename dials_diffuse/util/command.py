@@ -26,6 +26,7 @@ import dials.util.log
 import dials_diffuse
 from dials.util.options import ArgumentParser
 from dials.util.version import dials_version
+from dials_diffuse.util.parallel import one_thread
 
 logger = logging.getLogger("dials.diffuse.command")
 
@@ -114,6 +115,9 @@ def errors_in_one_line() -> Iterator[None]:
 def logged_work(parser: ArgumentParser, params: Any, options: Any) -> Iterator[None]:
     """Start the log with the changed parameters; within it signals end the work in order.
 
+    Linear algebra has one thread: matrices are small, and other threads would wait for
+    them in a loop.
+
     Args:
         parser: The parser that has read the arguments.
         params, options: From ``parse_arguments``.
@@ -123,7 +127,7 @@ def logged_work(parser: ArgumentParser, params: Any, options: Any) -> Iterator[N
     """
     start_log(params, options)
     report_changes(parser)
-    with ends_by_signal():
+    with ends_by_signal(), one_thread():
         yield
 
 

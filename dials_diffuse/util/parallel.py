@@ -38,8 +38,8 @@ def _start_worker() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _one_thread() -> contextlib.AbstractContextManager:
-    """Within it linear algebra has one thread.
+def one_thread() -> contextlib.AbstractContextManager:
+    """Within it linear algebra has one thread: others would but wait in a loop.
 
     The libraries are found by calls from C, which lose what a signal raises.
     """
@@ -74,13 +74,13 @@ def forked_results(
         ValueError: A process was ended from outside.
     """
     if nproc == 1:
-        with _one_thread():
+        with one_thread():
             yield (function(*task) for task in tasks)
         return
     futures: list[concurrent.futures.Future] = []
     try:
         with (
-            _one_thread(),
+            one_thread(),
             DeferredSignals() as signals,
             concurrent.futures.ProcessPoolExecutor(
                 nproc, mp_context=FORK, initializer=_start_worker
