@@ -3,8 +3,8 @@
 Refinement needs no more than these. The block holds 20 bytes and 4 for each term a row:
 experiment, counts, background, variance, normalisation and cells. The refinement adds the
 photons, weights and flags of use, 9 bytes a row; the sums in C++ share all these arrays.
-While a block is read, it is in memory twice, unsorted too, and with 16 more bytes a row
-for voxels and places in the tables. All observations of a voxel are in or none is, and the
+While a block is sorted, there are 17 more bytes a row for voxels and places, and one
+column twice. All observations of a voxel are in or none is, and the
 choice, by a hash of the voxel, depends on nothing but the number asked for. Voxels with a
 single observation say nothing about scales and are left out, unless there is a map to
 scale to.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Iterator, Mapping, NamedTuple, Sequence
+from typing import Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
@@ -47,6 +47,8 @@ NEEDED = (
     "num_pixels.valid",
     *COLUMNS,
 )
+
+COLUMNS_OF_BLOCK = ("experiment", "counts", "background", "variance", "normalisation")
 
 
 class ImageRange(NamedTuple):
@@ -231,42 +233,61 @@ class RowReader:
         return result
 
 
-def sort_rows(parts: list[Rows], single: bool = False) -> ObservationBlock:
+class GrowingColumns:
+    """Columns to which rows are appended, each in one array.
+
+    Many small arrays would leave the memory in pieces when they are freed.
+    """
+
+    def __init__(self) -> None:
+        self.n_rows = 0
+        self._columns: dict[str, np.ndarray] = {}
+
+    def append(self, part: Mapping[str, np.ndarray], n: int) -> None:
+        """Append n rows of all columns, which are those of the first part."""
+        stop = self.n_rows + n
+        for name, values in part.items():
+            column = self._columns.get(name, np.empty(0, values.dtype))
+            if len(column) < stop:
+                larger = np.empty(max(stop, 2 * len(column)), column.dtype)
+                larger[: self.n_rows] = column[: self.n_rows]
+                self._columns[name] = column = larger
+            column[self.n_rows : stop] = values
+        self.n_rows = stop
+
+    def take(self, name: str) -> np.ndarray:
+        """All rows of a column, which is not kept."""
+        return self._columns.pop(name)[: self.n_rows]
+
+
+def sort_rows(
+    rows: GrowingColumns, cells: GrowingColumns, names: Iterable[str], single: bool
+) -> ObservationBlock:
     """Sort rows by voxel, and leave out those of voxels with a single one.
 
     Args:
-        parts: Of all slabs; emptied, to save memory.
-        single: Keep them all the same.
+        rows: ``COLUMNS_OF_BLOCK`` and the voxel; taken one by one, to save memory.
+        cells: The cells in each term; taken one by one.
+        names: Of the terms.
+        single: Keep voxels with a single row all the same.
     """
-    voxel = np.concatenate([part.voxel for part in parts])
+    voxel = rows.take("voxel")
     order = np.argsort(voxel, kind="stable")
     voxel = voxel[order]
     first = np.ones(len(voxel), dtype=bool)
     first[1:] = voxel[1:] != voxel[:-1]
-    last = np.ones(len(voxel), dtype=bool)
-    last[:-1] = first[1:]
-    several = ~(first & last) | single
-    order, first = order[several], first[several]
-
-    def column(name: str) -> np.ndarray:
-        return np.concatenate([getattr(part, name) for part in parts])[order]
-
+    if not single:
+        last = np.ones(len(voxel), dtype=bool)
+        last[:-1] = first[1:]
+        several = ~(first & last)
+        order, first, voxel = order[several], first[several], voxel[several]
     starts = np.flatnonzero(first)
-    cells = {}
-    for name in list(parts[0].cells):
-        cells[name] = np.concatenate([part.cells.pop(name) for part in parts])[order]
-    block = ObservationBlock(
+    return ObservationBlock(
         start=np.append(starts, len(order)).astype(np.int32),
-        voxel=voxel[several][starts],
-        experiment=column("experiment"),
-        counts=column("counts"),
-        background=column("background"),
-        variance=column("variance"),
-        normalisation=column("normalisation"),
-        cells=cells,
+        voxel=voxel[starts],
+        **{name: rows.take(name)[order] for name in COLUMNS_OF_BLOCK},
+        cells={name: cells.take(name)[order] for name in names},
     )
-    parts.clear()
-    return block
 
 
 def read_block(
@@ -290,12 +311,20 @@ def read_block(
     Raises:
         ValueError: There are none.
     """
-    parts = [reader.read(*slab, step, phase) for slab in reader.slabs(description)]
-    parts = [part for part in parts if len(part.voxel)]
-    if not parts:
+    rows, cells = GrowingColumns(), GrowingColumns()
+
+    def append(part: Rows) -> None:
+        columns = {name: getattr(part, name) for name in ("voxel", *COLUMNS_OF_BLOCK)}
+        rows.append(columns, len(part.voxel))
+        cells.append(part.cells, len(part.voxel))
+
+    for slab in reader.slabs(description):
+        append(reader.read(*slab, step, phase))
+    if rows.n_rows == 0:
         raise ValueError(
             f"{reader.tables[0].path} has no usable observations: all of its rows have no "
             "pixels, or are of images that are left out"
         )
-    parts += further
-    return sort_rows(parts, single)
+    for part in further:
+        append(part)
+    return sort_rows(rows, cells, list(reader.layouts), single)
