@@ -576,10 +576,7 @@ def surfaces(experiments: ExperimentList, scaling: Scaling) -> list[dict[str, An
                 continue
             plot = plot_component(name, component)
             if is_gauge:
-                title = (
-                    "What takes out the mean of all other factors at each resolution"
-                )
-                plot["layout"]["title"] = {"text": title}
+                plot["layout"]["title"] = {"text": "Resolution (gauge)"}
             result.append(
                 {
                     "term": name,
