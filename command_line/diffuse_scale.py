@@ -30,11 +30,9 @@ import contextlib
 import json
 import logging
 import os
-import tempfile
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
-import h5py
 import numpy as np
 
 import libtbx.phil
@@ -48,6 +46,7 @@ from dials_diffuse.io.observations import (
     SCALED_COLUMNS,
     ObservationFile,
     ObservationWriter,
+    program_of,
 )
 from dials_diffuse.merging.observations import check_tables, experiment_numbers
 from dials_diffuse.report.scaling import scaling_record
@@ -59,7 +58,7 @@ from dials_diffuse.scaling.models import scaling_models
 from dials_diffuse.scaling.reference import read_reference
 from dials_diffuse.scaling.result import Scaling
 from dials_diffuse.scaling.scale import scale
-from dials_diffuse.scaling.selection import Gain, agreement, gains
+from dials_diffuse.scaling.selection import MIN_PAIRS, Gain, agreement, gains
 from dials_diffuse.util.command import (
     collect_warnings,
     errors_in_one_line,
@@ -67,7 +66,7 @@ from dials_diffuse.util.command import (
     logged_work,
     parse_arguments,
 )
-from dials_diffuse.util.files import atomic_path
+from dials_diffuse.util.files import atomic_path, temporary_folder
 
 logger = logging.getLogger("dials.diffuse.scale")
 
@@ -121,7 +120,7 @@ def spare_other_models(output: Any) -> None:
         ValueError: A file of that name is not one of ours.
     """
     reflections, experiments = Path(output.reflections), Path(output.experiments)
-    ours = reflections.exists() and h5py.is_hdf5(reflections)
+    ours = reflections.exists() and program_of(reflections) == "dials.diffuse_scale"
     if reflections.exists() and not ours:
         raise ValueError(
             f"output.reflections={reflections} exists and is not of dials.diffuse_scale, "
@@ -153,6 +152,14 @@ def scale_experiments(
             return result, reader
         found = agreement(result.refiner, len(experiments))
         bad = np.flatnonzero(found.cc < params.min_cc)
+        n_unknown = np.count_nonzero((found.n_pairs > 0) & ~np.isfinite(found.cc))
+        if n_unknown:
+            logger.info(
+                "%d experiments share less than %d voxels with others among the "
+                "observations refined against: min_cc does not judge them",
+                n_unknown,
+                MIN_PAIRS,
+            )
         if len(bad) == 0:
             return result, reader
         if len(bad) == np.count_nonzero(np.isfinite(found.cc)):
@@ -224,13 +231,14 @@ def write_output(
 ) -> None:
     """Write scaled observations and the experiments with their models."""
     identifiers = dict(enumerate(experiments.identifiers()))
-    folder = os.path.dirname(os.path.realpath(params.output.reflections))
     with contextlib.ExitStack() as stack:
         outliers = None
         if params.outliers.reject and scaling.refiner is not None:
-            temporary = stack.enter_context(tempfile.TemporaryDirectory(dir=folder))
+            folder = temporary_folder(params.output.reflections, "rows")
             threshold = params.outliers.threshold
-            outliers = all_outliers(reader, scaling, threshold, Path(temporary))
+            outliers = all_outliers(
+                reader, scaling, threshold, stack.enter_context(folder)
+            )
         path = stack.enter_context(atomic_path(params.output.reflections))
         writer = stack.enter_context(
             ObservationWriter(

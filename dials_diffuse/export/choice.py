@@ -15,11 +15,11 @@ import numpy as np
 
 from dials_diffuse import symmetry
 from dials_diffuse.grid import Grid
+from dials_diffuse.io.observations import ROWS_PER_SLAB
 from dials_diffuse.merging import estimate, sums
 from dials_diffuse.merging.observations import (
     OPTIONAL_COLUMNS,
     REQUIRED_COLUMNS,
-    ROWS_PER_SLAB,
     ObservationTable,
     usable_rows,
 )

@@ -8,7 +8,6 @@ import logging
 import multiprocessing
 import multiprocessing.synchronize
 import os
-import tempfile
 from pathlib import Path
 from typing import Callable, Collection, Iterator, NamedTuple, Sequence
 
@@ -38,8 +37,9 @@ from dials_diffuse.extraction.tables import (
 from dials_diffuse.extraction.totals import ObservationTotals, PeakTotals
 from dials_diffuse.grid import Grid
 from dials_diffuse.io.observations import ObservationWriter
+from dials_diffuse.util.files import temporary_folder
 from dials_diffuse.util.parallel import FORK, forked_results
-from dials_diffuse.util.signals import enter_whole, progress_bar
+from dials_diffuse.util.signals import progress_bar
 
 logger = logging.getLogger("dials.diffuse.extract")
 
@@ -224,8 +224,8 @@ def extract(
         ValueError: An image cannot be read, or no pixel is left.
     """
     path = Path(path)
-    with enter_whole(lambda: _folder_beside(path)) as folder:
-        job, n_processes = make_job(experiments, grid, settings, Path(folder), rejected)
+    with temporary_folder(path, "runs") as folder:
+        job, n_processes = make_job(experiments, grid, settings, folder, rejected)
         results, pixels = _run_tasks(job, n_processes)
         identifiers = {i: e.identifier for i, e in enumerate(experiments)}
         paths = [path for result in results for path in result.paths]
@@ -274,12 +274,6 @@ def _merge(
 
     n_beyond = merge_runs(paths, grid, writer, left_out, totals, add_peaks)
     return peaks, totals, n_beyond
-
-
-def _folder_beside(path: Path) -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(
-        prefix=f"{path.name}.", suffix=".runs", dir=path.parent
-    )
 
 
 def make_job(

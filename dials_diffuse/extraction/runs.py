@@ -22,10 +22,9 @@ from dials_diffuse.bragg.statistical import bragg_voxels
 from dials_diffuse.extraction.loop import SUMS
 from dials_diffuse.extraction.totals import ObservationTotals
 from dials_diffuse.grid import Grid
-from dials_diffuse.io.observations import ObservationWriter
+from dials_diffuse.io.observations import ROWS_PER_SLAB, ObservationWriter
 
 RUN_ROWS = 2_000_000  # 144 MB
-SLAB_ROWS = 500_000
 PEAK_ROWS = 1_000_000  # of Bragg peaks at a time: 72 MB
 # What rows are copied as: numpy copies those of several fields field by field.
 BYTES = np.dtype(f"V{SUMS.itemsize}")
@@ -99,7 +98,7 @@ def rows_between(path: Path, lower: int, upper: int) -> np.ndarray:
 
 
 def sorted_slabs(
-    paths: Sequence[Path], max_rows: int = SLAB_ROWS
+    paths: Sequence[Path], max_rows: int = ROWS_PER_SLAB
 ) -> Iterator[np.ndarray]:
     """The rows of all runs, sorted by voxel, in slabs of whole voxels."""
     limits = slab_limits(paths, max_rows)

@@ -30,6 +30,10 @@ GROUP = "dials/processing/group_0"
 ROOT = "dials_diffuse"
 CHUNK_ROWS = 1 << 14
 
+# Of the slabs that extraction writes, and that later stages hold in memory. Larger ones are
+# no faster, and free memory of that size is left in pieces.
+ROWS_PER_SLAB = 250_000
+
 
 @dataclasses.dataclass(frozen=True)
 class Column:
@@ -237,7 +241,7 @@ class ObservationFile(HDF5Input):
             root["blocks"][()] if "blocks" in root else None
         )
 
-    def slabs(self, max_rows: int = 2_000_000) -> Iterator[tuple[int, int]]:
+    def slabs(self, max_rows: int = ROWS_PER_SLAB) -> Iterator[tuple[int, int]]:
         """Row ranges of whole voxels with about ``max_rows`` rows at the most.
 
         Neighbouring slabs are joined as long as they fit; a single slab of the file is
@@ -264,6 +268,15 @@ class ObservationFile(HDF5Input):
             return {name: self._group[name][start:stop] for name in names}
         except OSError as e:
             raise ValueError(damaged(self.path, e)) from None
+
+
+def program_of(path: str | os.PathLike) -> str | None:
+    """Name of the command of ours that wrote an HDF5 file; None for any other file."""
+    try:
+        with h5py.File(path, "r") as handle:
+            return handle[ROOT]["program"].asstr()[()]
+    except (OSError, KeyError):
+        return None
 
 
 def check_schema(root: h5py.Group, newest: int, path: str) -> None:

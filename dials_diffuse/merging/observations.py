@@ -17,14 +17,11 @@ from dxtbx.model.experiment_list import ExperimentList
 from dials.array_family import flex
 from dials_diffuse import symmetry
 from dials_diffuse.grid import Grid
+from dials_diffuse.io.observations import ROWS_PER_SLAB
 from dials_diffuse.merging import sums
 from dials_diffuse.util.signals import progress_bar
 
 logger = logging.getLogger("dials.diffuse.merge")
-
-# Rows of the observation tables that are in memory at once. More are no faster, and free
-# memory of that size is left in pieces.
-ROWS_PER_SLAB = 250_000
 
 REQUIRED_COLUMNS = (
     "miller_index",

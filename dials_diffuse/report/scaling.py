@@ -34,7 +34,7 @@ from dials_diffuse.merging import sums
 from dials_diffuse.report.extraction_record import finite
 from dials_diffuse.report.image_axis import ImageAxis
 from dials_diffuse.scaling.axes import DecayAxis, SmoothAxis, StepAxis
-from dials_diffuse.scaling.block import RowReader, read_block
+from dials_diffuse.scaling.block import RowReader, read_sorted_cells
 from dials_diffuse.scaling.components import JointComponent
 from dials_diffuse.scaling.coordinates import Extent
 from dials_diffuse.scaling.error_model import (
@@ -202,52 +202,52 @@ def read_cells(
         reader.tables, reader.numbers, reader.finder, layouts, reader.excluded
     )
     single = refiner.reference is not None
-    block = read_block(own, scaling.step, single=single, description="Report")
-    first = len(refiner.block.voxel) - len(block.voxel)
-    assert np.array_equal(block.voxel, refiner.block.voxel[first:])
-    return block.cells
+    voxel, cells = read_sorted_cells(own, scaling.step, single, description="Report")
+    first = len(refiner.block.voxel) - len(voxel)
+    assert np.array_equal(voxel, refiner.block.voxel[first:])
+    return cells
 
 
 class Deviations(NamedTuple):
-    """Squares of deviations and their expectations, arrays of shape (n,).
+    """Squares of deviations and their expectations, arrays of shape (n,), float32.
 
     Args:
         square: Square of the deviation, in units of a positive variance.
-        expected: Its expectation by counting, in the same unit.
-        model_square: The square in units of the variance of the error model.
-        model_expected: Its expectation by the error model.
+        expected: Its expectation by an error model, in the same unit.
     """
 
     square: np.ndarray
     expected: np.ndarray
-    model_square: np.ndarray
-    model_expected: np.ndarray
 
 
 def find_deviations(
     columns: Columns,
     used: np.ndarray,
-    model: ErrorModel,
+    models: Sequence[ErrorModel],
     reference: Reference | None = None,
-) -> Deviations:
+) -> list[Deviations]:
     """Those of all observations that are used, of voxels with several or of the map.
 
     Args:
         columns: As those of ``error_model.blocks_of_rows``.
         used: Which observations are.
-        model: The error model.
+        models: The error models.
         reference: What a map says of each voxel, one more observation.
+
+    Returns:
+        Those by each of the models.
     """
-    parts: list[tuple[np.ndarray, ...]] = []
+    n = np.count_nonzero(used)
+    result = [Deviations(*np.empty((2, n), np.float32)) for _ in models]
+    stop = 0
     for place, rows in blocks_of_rows(*columns, reference):
         found = residuals(rows.select(used[place]))
-        square = found.deviation**2
-        values: list[np.ndarray] = []
-        for errors in (ErrorModel(), model):
-            scale = found.scale(errors)
-            values += [square / scale, found.expectation(errors) / scale]
-        parts.append(tuple(values))
-    return Deviations(*(np.concatenate(values) for values in zip(*parts)))
+        start, stop = stop, stop + len(found.deviation)
+        for model, (square, expected) in zip(models, result):
+            scale = found.scale(model)
+            square[start:stop] = found.deviation**2 / scale
+            expected[start:stop] = found.expectation(model) / scale
+    return [Deviations(*(column[:stop] for column in found)) for found in result]
 
 
 class Observations:
@@ -266,6 +266,7 @@ class Observations:
             no map has that.
         before: Deviations with the scales from the ratio of counts, of those kept.
         after: The same with the model.
+        modelled: The same in units of the errors of the error model.
         expected: Expected counts, positive, photons, of all.
         above: Whether it has more counts than expected.
         columns: As those of ``error_model.blocks_of_rows``, for the model.
@@ -294,8 +295,11 @@ class Observations:
         if known is not None:
             known = known.select(np.arange(first_group, block.n_groups))
         self.reference = known
-        self.before = find_deviations(before, self.used, model, known)
-        self.after = find_deviations(self.columns, self.used, model, known)
+        counting = ErrorModel()
+        (self.before,) = find_deviations(before, self.used, [counting], known)
+        self.after, self.modelled = find_deviations(
+            self.columns, self.used, [counting, model], known
+        )
         n_used = np.add.reduceat(self.used.astype(np.int64), limits[:-1])
         if known is not None:
             n_used += known.known
@@ -338,15 +342,14 @@ def tally(rows: Observations, cell: np.ndarray, n: int) -> dict[str, np.ndarray]
         positive = np.where(total > 0, total, np.nan)
         return np.bincount(mine, above, n) / positive
 
-    before, after = rows.before, rows.after
     outlier, above = cell[~rows.used], rows.above[~rows.used]
     return {
         "n_observations": np.bincount(cell, minlength=n),
         "n_too_high": np.bincount(outlier[above], minlength=n),
         "n_too_low": np.bincount(outlier[~above], minlength=n),
-        "chi_square_before": ratio(before.square, before.expected),
-        "chi_square_after": ratio(after.square, after.expected),
-        "chi_square_error_model": ratio(after.model_square, after.model_expected),
+        "chi_square_before": ratio(*rows.before),
+        "chi_square_after": ratio(*rows.after),
+        "chi_square_error_model": ratio(*rows.modelled),
     }
 
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
-from dials_diffuse.io.observations import SCALED_COLUMNS
-from dials_diffuse.merging.observations import ROWS_PER_SLAB, ObservationTable, lookup
+from dials_diffuse.io.observations import ROWS_PER_SLAB, SCALED_COLUMNS
+from dials_diffuse.merging.observations import ObservationTable, lookup
 from dials_diffuse.scaling.block import (
     EXCLUDED,
     OF_SCALING,
@@ -77,38 +77,47 @@ def ranges_of_voxels(
 ) -> Iterator[list[tuple[int, int]]]:
     """Ranges of voxels, as ranges of the rows of each table.
 
-    Together the ranges hold about ``max_rows`` rows, as long as no slab of a table holds
-    more.
+    Together the ranges hold about ``max_rows`` rows, at most twice as many but for voxels
+    that have more by themselves. For the limits each table is sampled in steps of 1/n of
+    that many rows for n tables, and each n-th of the sampled voxels taken.
     """
-    limits = []
-    for table in tables:
-        for start, _ in table.slabs(max(max_rows // len(tables), 1)):
-            limits.append(_key(table, start))
-    keys = sorted(set(limits))[1:]
+    step = max(max_rows // len(tables), 1)
+    samples = [_keys(table, range(0, table.n_rows, step)) for table in tables]
+    keys = np.unique(np.sort(np.concatenate(samples))[:: len(tables)])
     starts = [0] * len(tables)
-    for key in [*keys, None]:
+    for key in keys[1:]:
         stops = [
-            table.n_rows if key is None else _first_row(table, key) for table in tables
+            _first_row(table, key, sample, step)
+            for table, sample in zip(tables, samples)
         ]
         yield list(zip(starts, stops))
         starts = stops
+    yield list(zip(starts, (table.n_rows for table in tables)))
 
 
-def _key(table: ObservationTable, row: int) -> int:
-    index = table.read(row, row + 1, ["miller_index"])["miller_index"]
-    return int(table.grid.key(index)[0])
+def _keys(table: ObservationTable, rows: Iterable[int]) -> np.ndarray:
+    """Keys of the voxels of some rows."""
+    index = [
+        table.read(row, row + 1, ["miller_index"])["miller_index"][0] for row in rows
+    ]
+    return table.grid.key(np.array(index).reshape(-1, 3))
 
 
-def _first_row(table: ObservationTable, key: int) -> int:
-    """First row of a table whose voxel has this key or a greater one."""
-    low, high = 0, table.n_rows
-    while low < high:
-        middle = (low + high) // 2
-        if _key(table, middle) < key:
-            low = middle + 1
-        else:
-            high = middle
-    return low
+def _first_row(table: ObservationTable, key: int, sample: np.ndarray, step: int) -> int:
+    """First row of a table whose voxel has this key or a greater one.
+
+    Args:
+        table: The table.
+        key: The key.
+        sample: Keys of every ``step``-th row.
+        step: Number of rows from one of them to the next.
+    """
+    place = int(np.searchsorted(sample, key))
+    if place == 0:
+        return 0
+    start, stop = (place - 1) * step, min(place * step, table.n_rows)
+    index = table.read(start, stop, ["miller_index"])["miller_index"]
+    return start + int(np.searchsorted(table.grid.key(index), key))
 
 
 def scaled_rows(

@@ -19,9 +19,9 @@ from typing import Iterable, Iterator, Mapping, NamedTuple, Sequence
 import numpy as np
 
 from dials.array_family import flex
+from dials_diffuse.io.observations import ROWS_PER_SLAB
 from dials_diffuse.merging import sums
 from dials_diffuse.merging.observations import (
-    ROWS_PER_SLAB,
     ObservationTable,
     asu_voxels,
     lookup,
@@ -49,6 +49,10 @@ NEEDED = (
 )
 
 COLUMNS_OF_BLOCK = ("experiment", "counts", "background", "variance", "normalisation")
+
+
+class NoObservations(ValueError):
+    """There is nothing to refine against."""
 
 
 class ImageRange(NamedTuple):
@@ -260,6 +264,28 @@ class GrowingColumns:
         return self._columns.pop(name)[: self.n_rows]
 
 
+def _sort_voxels(
+    voxel: np.ndarray, single: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows sorted by voxel, without those of voxels with a single one unless they count.
+
+    Returns:
+        Numbers of the rows in the new order, and the voxel and the first row of each
+        group.
+    """
+    order = np.argsort(voxel, kind="stable")
+    voxel = voxel[order]
+    first = np.ones(len(voxel), dtype=bool)
+    first[1:] = voxel[1:] != voxel[:-1]
+    if not single:
+        last = np.ones(len(voxel), dtype=bool)
+        last[:-1] = first[1:]
+        several = ~(first & last)
+        order, first, voxel = order[several], first[several], voxel[several]
+    starts = np.flatnonzero(first)
+    return order, voxel[starts], starts
+
+
 def sort_rows(
     rows: GrowingColumns, cells: GrowingColumns, names: Iterable[str], single: bool
 ) -> ObservationBlock:
@@ -271,20 +297,10 @@ def sort_rows(
         names: Of the terms.
         single: Keep voxels with a single row all the same.
     """
-    voxel = rows.take("voxel")
-    order = np.argsort(voxel, kind="stable")
-    voxel = voxel[order]
-    first = np.ones(len(voxel), dtype=bool)
-    first[1:] = voxel[1:] != voxel[:-1]
-    if not single:
-        last = np.ones(len(voxel), dtype=bool)
-        last[:-1] = first[1:]
-        several = ~(first & last)
-        order, first, voxel = order[several], first[several], voxel[several]
-    starts = np.flatnonzero(first)
+    order, voxel, starts = _sort_voxels(rows.take("voxel"), single)
     return ObservationBlock(
         start=np.append(starts, len(order)).astype(np.int32),
-        voxel=voxel[starts],
+        voxel=voxel,
         **{name: rows.take(name)[order] for name in COLUMNS_OF_BLOCK},
         cells={name: cells.take(name)[order] for name in names},
     )
@@ -309,7 +325,7 @@ def read_block(
         description: For the progress bar.
 
     Raises:
-        ValueError: There are none.
+        NoObservations: There are none.
     """
     rows, cells = GrowingColumns(), GrowingColumns()
 
@@ -321,10 +337,29 @@ def read_block(
     for slab in reader.slabs(description):
         append(reader.read(*slab, step, phase))
     if rows.n_rows == 0:
-        raise ValueError(
+        raise NoObservations(
             f"{reader.tables[0].path} has no usable observations: all of its rows have no "
             "pixels, or are of images that are left out"
         )
     for part in further:
         append(part)
     return sort_rows(rows, cells, list(reader.layouts), single)
+
+
+def read_sorted_cells(
+    reader: RowReader, step: int, single: bool, description: str
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The cells of the rows of a block alone, in its order.
+
+    Args: as those of ``read_block``.
+
+    Returns:
+        The voxel of each group, and the cells by the name of the layout.
+    """
+    voxel, cells = GrowingColumns(), GrowingColumns()
+    for slab in reader.slabs(description):
+        part = reader.read(*slab, step)
+        voxel.append({"voxel": part.voxel}, len(part.voxel))
+        cells.append(part.cells, len(part.voxel))
+    order, voxels, _ = _sort_voxels(voxel.take("voxel"), single)
+    return voxels, {name: cells.take(name)[order] for name in reader.layouts}

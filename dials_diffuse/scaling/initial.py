@@ -24,10 +24,9 @@ from scipy import optimize, sparse
 from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import LinearOperator
 
-from dials_diffuse.io.observations import ObservationFile
+from dials_diffuse.io.observations import ROWS_PER_SLAB, ObservationFile
 from dials_diffuse.merging import sums
 from dials_diffuse.merging.observations import (
-    ROWS_PER_SLAB,
     ObservationTable,
     asu_voxels,
     lookup,

@@ -13,7 +13,6 @@ time with the scales found without those of the time before.
 from __future__ import annotations
 
 import logging
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,7 @@ from dials_diffuse.scaling.reference import Reference
 from dials_diffuse.scaling.refinement import Refiner
 from dials_diffuse.scaling.result import Scaling, Source
 from dials_diffuse.scaling.shared_rows import SharedRows
+from dials_diffuse.util.files import temporary_folder
 
 logger = logging.getLogger("dials.diffuse.scale")
 
@@ -59,7 +59,7 @@ def scale_remaining(
     reader: RowReader,
     reference: Reference | None,
     threshold: float | None = THRESHOLD,
-    folder: Path | None = None,
+    output: Path = Path("scaled.refl"),
 ) -> None:
     """Scale the experiments of which too few observations were refined against.
 
@@ -68,7 +68,7 @@ def scale_remaining(
         reader: Of all observations.
         reference: The map that was scaled to.
         threshold: Deviation from which on an observation is an outlier; None: none is.
-        folder: Where temporary files are to be.
+        output: What is to be written; temporary files are put beside it.
     """
     n = len(scaling.extents)
     scaling.n_observations = informative_rows(scaling.refiner, n)
@@ -83,7 +83,7 @@ def scale_remaining(
         return
     if scaling.step > 1 and few.any():
         present, n_rows = _scale_by_all(
-            scaling, reader, few, reference, threshold, folder
+            scaling, reader, few, reference, threshold, output
         )
     elif np.any(few & (n_rows == 0)):
         present = _count_rows(reader, n) > 0
@@ -115,7 +115,7 @@ def _scale_by_all(
     few: np.ndarray,
     reference: Reference | None,
     threshold: float | None,
-    folder: Path | None,
+    output: Path,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scale some experiments by all of their rows.
 
@@ -126,8 +126,8 @@ def _scale_by_all(
         Whether each experiment has usable rows, and how many of them in voxels that
         one of the few shares with another.
     """
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        rows = SharedRows(reader, scaling, Path(temporary))
+    with temporary_folder(output, "rows") as folder:
+        rows = SharedRows(reader, scaling, folder)
         present = rows.n_rows > 0
         few = few & present
         rows.keep(few, reference)

@@ -18,7 +18,6 @@ not move the others: then the mean over all experiments is not 1.
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
@@ -33,6 +32,7 @@ from dials_diffuse.grid import Grid
 from dials_diffuse.merging.observations import ObservationTable
 from dials_diffuse.scaling.block import (
     ImageRange,
+    NoObservations,
     ObservationBlock,
     RowReader,
     read_block,
@@ -129,13 +129,13 @@ def scale(
         _drop_all(result, reader, "no voxel was observed more than once")
         return result, reader
     Session(result, reader, block, grid, params, reference).run()
-    outliers, path = params.outliers, os.path.realpath(params.output.reflections)
+    outliers = params.outliers
     scale_remaining(
         result,
         reader,
         reference,
         threshold=outliers.threshold if outliers.reject else None,
-        folder=Path(os.path.dirname(path)),
+        output=Path(params.output.reflections),
     )
     if step > 1:
         _check_choice(result, reader, step, grid, params, reference)
@@ -240,9 +240,9 @@ class Session:
         self._start()
         refined: list[str] = []
         for name in sorted(self._refined(), key=lambda name: TERMS[name].stage):
+            refined = [n for n in refined if n in self.result.components]
             if self._is_determined(name) and self._is_needed(name, refined):
                 refined.append(name)
-            if name in refined:
                 self._update_errors()
         n_cycles = self.params.refinement.cycles
         for cycle in range(1, n_cycles + 1):
@@ -250,8 +250,8 @@ class Session:
                 self._tighten_priors()
                 self._refine(self._refined())
             self._update_errors(warn=cycle == n_cycles)
+        self._give_up_hidden()
         if self.reference is None:
-            self._give_up_hidden()
             self._settle_resolution()
         self.refiner.update_weights()
         self.result.counting = self.refiner.fit().reduced
@@ -330,7 +330,8 @@ class Session:
                 f"{hidden[name].seen:.1%} shows in differences between equivalent "
                 "observations: more rotation or crystals would determine it",
             )
-            self._refine(self._refined())
+            if self._refined():
+                self._refine(self._refined())
             self._update_errors()
 
     def _visibility(self, name: str) -> Visibility:
@@ -338,10 +339,12 @@ class Session:
         cells, weight = self.block.cells, self._weights_of_means()
         one = np.zeros(self.block.n_rows, dtype=np.int32)
         shell = cells.get("resolution", one)
+        known = self.refiner.reference
+        photons = None if known is None else np.maximum(known.photons, 0)
         if not self.result.components[name].additive:
             factor = self.result.components[name].cell_values()[cells[name]]
             common = [cells.get("scale", one), shell]
-            return visibility(np.log(factor), weight, self.block.group, common)
+            return visibility(np.log(factor), weight, self.block.group, common, photons)
         response, offset = (x.astype(np.float64) for x in self.refiner.responses())
         rows = weight > 0
         norm = np.bincount(shell, response * rows)
@@ -349,7 +352,7 @@ class Session:
         mean = np.divide(mean, norm, out=np.zeros_like(mean), where=norm > 0)[shell]
         signal = np.maximum(response * mean, 0)
         values = np.divide(offset, signal, out=np.zeros_like(offset), where=signal > 0)
-        return visibility(values, signal * rows, self.block.group, [shell])
+        return visibility(values, signal * rows, self.block.group, [shell], photons)
 
     def _tighten_priors(self) -> None:
         """Expect of factors no more than has been found.
@@ -612,7 +615,10 @@ def _check_choice(
     reference: Reference | None,
 ) -> None:
     """Compare χ² with that of voxels that were not refined against."""
-    block = read_block(reader, step, phase=1, single=reference is not None)
+    try:
+        block = read_block(reader, step, phase=1, single=reference is not None)
+    except NoObservations:
+        return
     if block.n_rows == 0:
         return
     refiner = Refiner(block, result.components, grid, reference)

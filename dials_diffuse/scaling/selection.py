@@ -9,15 +9,16 @@ CC is what the mean correlation of all would gain without it, as ΔCC1/2 of imag
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Iterator, NamedTuple
 
 import numpy as np
 
-from dials_diffuse.scaling.initial import add_up_pairs
+from dials_diffuse.scaling.initial import Pairs, add_up_pairs
 from dials_diffuse.scaling.refinement import Refiner
 from dials_diffuse.scaling.start import with_reference
 
 MIN_PAIRS = 30  # voxels that an experiment must share for its correlation to count
+ROWS_PER_PART = 1 << 20  # looked at at once
 
 
 class Gain(NamedTuple):
@@ -64,39 +65,51 @@ class Agreement(NamedTuple):
     n_pairs: np.ndarray
 
 
+class _Shared(NamedTuple):
+    """Photons and response of pairs of a voxel and an experiment, and of all others.
+
+    Args:
+        shell: Thin resolution shell of the voxel, shape (n,).
+        experiment: Number of the experiment.
+        photons, norm: Of the experiment.
+        rest, rest_norm: Of all others.
+    """
+
+    shell: np.ndarray
+    experiment: np.ndarray
+    photons: np.ndarray
+    norm: np.ndarray
+    rest: np.ndarray
+    rest_norm: np.ndarray
+
+
 def agreement(refiner: Refiner, n_experiments: int) -> Agreement:
     """The agreement of each experiment with the rest, for the current model."""
-    block = refiner.block
-    response, offset = refiner.responses()
-    used = refiner.used & block.is_diffuse
-    pairs = add_up_pairs(
-        block.group[used],
-        block.experiment[used],
-        (refiner.photons - offset)[used].astype(float),
-        response[used].astype(float),
-    )
-    pairs = with_reference(refiner.reference, pairs, n_experiments)
-    voxel, experiment, photons, norm = pairs
-    total = np.bincount(voxel, photons, block.n_groups)[voxel]
-    total_norm = np.bincount(voxel, norm, block.n_groups)[voxel]
-    shared = (total_norm - norm > 1e-6 * total_norm) & (norm > 0)
-    voxel, experiment = voxel[shared], experiment[shared]
-    photons, norm = photons[shared], norm[shared]
-    rest, rest_norm = total[shared] - photons, total_norm[shared] - norm
-    shell = refiner.shell[voxel]
-    own = photons / norm - _means(shell, photons, norm)
-    other = rest / rest_norm - _means(shell, rest, rest_norm)
-    # Each difference has about the variance 1/norm + 1/rest_norm of its counts.
-    weight = 1 / (1 / norm + 1 / rest_norm)
+    parts = list(_shared_pairs(refiner, n_experiments))
+    n_shells = int(refiner.shell.max()) + 1
 
-    def by_experiment(values: np.ndarray) -> np.ndarray:
-        return np.bincount(experiment, weight * values, n_experiments)[:n_experiments]
+    def shell_means(photons: str, norm: str) -> np.ndarray:
+        sums = [
+            sum(np.bincount(p.shell, getattr(p, name), n_shells) for p in parts)
+            for name in (photons, norm)
+        ]
+        return sums[0] / np.where(sums[1] > 0, sums[1], 1)
 
-    n_pairs = np.bincount(experiment, minlength=n_experiments)[:n_experiments]
+    own_mean = shell_means("photons", "norm")
+    other_mean = shell_means("rest", "rest_norm")
+    # Of own times other, own squared, other squared, and the number of pairs.
+    sums = np.zeros((4, n_experiments + 1))
+    for part in parts:
+        own = part.photons / part.norm - own_mean[part.shell]
+        other = part.rest / part.rest_norm - other_mean[part.shell]
+        # Each difference has about the variance 1/norm + 1/rest_norm of its counts.
+        weight = 1 / (1 / part.norm + 1 / part.rest_norm)
+        products = (weight * own * other, weight * own**2, weight * other**2)
+        for total, values in zip(sums, (*products, np.ones(len(own)))):
+            total += np.bincount(part.experiment, values, n_experiments + 1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        cc = by_experiment(own * other) / np.sqrt(
-            by_experiment(own**2) * by_experiment(other**2)
-        )
+        cc = (sums[0] / np.sqrt(sums[1] * sums[2]))[:n_experiments]
+    n_pairs = sums[3][:n_experiments].astype(np.int64)
     cc = np.where(n_pairs >= MIN_PAIRS, cc, np.nan)
     known = np.isfinite(cc)
     n = np.count_nonzero(known)
@@ -105,6 +118,42 @@ def agreement(refiner: Refiner, n_experiments: int) -> Agreement:
     return Agreement(cc, delta, n_pairs)
 
 
-def _means(shell: np.ndarray, photons: np.ndarray, norm: np.ndarray) -> np.ndarray:
-    total, total_norm = np.bincount(shell, photons), np.bincount(shell, norm)
-    return (total / np.where(total_norm > 0, total_norm, 1))[shell]
+def _shared_pairs(refiner: Refiner, n_experiments: int) -> Iterator[_Shared]:
+    """The pairs of voxels that an experiment shares with others, part by part."""
+    block = refiner.block
+    response, offset = refiner.responses()
+    used = refiner.used & block.is_diffuse
+    first = 0
+    while first < block.n_groups:
+        last = np.searchsorted(block.start, block.start[first] + ROWS_PER_PART, "right")
+        last = max(first + 1, int(last) - 1)
+        start = block.start[first : last + 1]
+        rows = slice(int(start[0]), int(start[-1]))
+        use = used[rows]
+        pairs = add_up_pairs(
+            np.repeat(np.arange(last - first), np.diff(start))[use],
+            block.experiment[rows][use],
+            (refiner.photons[rows] - offset[rows])[use].astype(float),
+            response[rows][use].astype(float),
+        )
+        known = refiner.reference
+        if known is not None:
+            known = known.select(np.arange(first, last))
+        pairs = with_reference(known, pairs, n_experiments)
+        yield _shared(pairs, refiner.shell[first:last])
+        first = last
+
+
+def _shared(pairs: Pairs, shell: np.ndarray) -> _Shared:
+    """Those of some pairs whose voxel something else has seen, too."""
+    voxel, experiment, photons, norm = pairs
+    rest = np.bincount(voxel, photons, len(shell))[voxel] - photons
+    total_norm = np.bincount(voxel, norm, len(shell))[voxel]
+    rest_norm = total_norm - norm
+    shared = (rest_norm > 1e-6 * total_norm) & (norm > 0)
+    values = (x[shared].astype(np.float32) for x in (photons, norm, rest, rest_norm))
+    return _Shared(
+        shell[voxel[shared]].astype(np.int32),
+        experiment[shared].astype(np.int32),
+        *values,
+    )

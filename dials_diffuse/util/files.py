@@ -62,6 +62,38 @@ def _temporary_file(final: Path) -> Iterator[Path]:
             os.unlink(name)
 
 
+@contextlib.contextmanager
+def temporary_folder(final: str | os.PathLike, suffix: str) -> Iterator[Path]:
+    """A folder beside a file that is being made, removed at the end.
+
+    Its name tells what it belongs to, should the process be killed.
+
+    Args:
+        final: The file.
+        suffix: What the folder is for.
+
+    Raises:
+        ValueError: It cannot be made, or the disk is full.
+    """
+    final = Path(os.path.realpath(final))
+    with enter_whole(lambda: _temporary_folder(final, suffix)) as folder:
+        try:
+            yield Path(folder)
+        except Exception as e:
+            if is_disk_full(e):
+                raise ValueError(disk_full_message(final)) from e
+            raise
+
+
+def _temporary_folder(final: Path, suffix: str) -> tempfile.TemporaryDirectory:
+    try:
+        return tempfile.TemporaryDirectory(
+            prefix=f"{final.name}.", suffix=f".{suffix}", dir=final.parent
+        )
+    except OSError as e:
+        raise ValueError(f"Cannot write {final}: {e.strerror}") from None
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether an exception of the system, h5py or one of their causes says so.
 
@@ -71,6 +103,9 @@ def is_disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in full:
         return True
     text = str(error)
+    # numpy tells the reason of a short write by numbers only.
+    if isinstance(error, OSError) and " requested and " in text:
+        return True
     if any(os.strerror(code) in text for code in full):
         return True
     cause = error.__cause__ or error.__context__

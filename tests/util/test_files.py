@@ -6,9 +6,10 @@ import signal
 import stat
 import tempfile
 
+import numpy as np
 import pytest
 
-from dials_diffuse.util.files import atomic_path, is_disk_full
+from dials_diffuse.util.files import atomic_path, is_disk_full, temporary_folder
 
 
 def test_file_appears_when_it_is_complete(tmp_path):
@@ -99,3 +100,35 @@ def test_full_disk_is_told_from_other_errors(code):
 def test_other_errors_are_not_a_full_disk():
     assert not is_disk_full(OSError(errno.EACCES, os.strerror(errno.EACCES)))
     assert not is_disk_full(ValueError("no such column"))
+
+
+def test_temporary_folder_is_removed_whatever_happens(tmp_path):
+    final = tmp_path / "scaled.refl"
+    for error in (None, KeyError("x"), KeyboardInterrupt()):
+        try:
+            with temporary_folder(final, "rows") as folder:
+                assert folder.parent == tmp_path
+                assert folder.name.startswith("scaled.refl.")
+                (folder / "part").write_text("something")
+                if error is not None:
+                    raise error
+        except (KeyError, KeyboardInterrupt) as e:
+            assert e is error
+        assert not list(tmp_path.iterdir())
+
+
+def test_temporary_folder_that_cannot_be_made(tmp_path):
+    with pytest.raises(ValueError, match="Cannot write .*scaled.refl: No such file"):
+        with temporary_folder(tmp_path / "none" / "scaled.refl", "rows"):
+            pass
+
+
+def test_short_write_of_numpy_is_a_full_disk(tmp_path):
+    """That is how it ends; control: another error of a file."""
+    with pytest.raises(ValueError, match="scaled.refl: no space left"):
+        with temporary_folder(tmp_path / "scaled.refl", "rows"):
+            with open("/dev/full", "wb", buffering=0) as handle:
+                np.zeros(100_000).tofile(handle)
+    with pytest.raises(FileNotFoundError):
+        with temporary_folder(tmp_path / "scaled.refl", "rows") as folder:
+            np.fromfile(folder / "none")
