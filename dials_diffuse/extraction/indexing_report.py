@@ -9,16 +9,11 @@ import numpy as np
 
 from dials.util import tabulate
 from dials_diffuse.extraction.reindexing import SURE, Indexing
+from dials_diffuse.util.text import shortened
 
 logger = logging.getLogger("dials.diffuse.extract")
 
 MAX_ROWS = 20
-
-
-def shortened(numbers: Sequence[int], n: int = 10) -> str:
-    """Numbers joined by commas, the first few only if there are many."""
-    text = ", ".join(map(str, numbers[:n]))
-    return text + (", ..." if len(numbers) > n else "")
 
 
 def log_indexing(indexing: Indexing) -> None:

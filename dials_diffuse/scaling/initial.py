@@ -32,6 +32,7 @@ from dials_diffuse.merging.observations import (
     lookup,
     usable_rows,
 )
+from dials_diffuse.util.text import shortened
 
 logger = logging.getLogger("dials.diffuse.scale")
 
@@ -342,7 +343,7 @@ def warn_of_groups(
             len(blank),
             len(names),
             blank_ones,
-            ", ".join(blank[:MAX_NAMES]) + (", ..." if len(blank) > MAX_NAMES else ""),
+            shortened(blank, MAX_NAMES),
         )
     sizes = np.sort(np.unique(group[group >= 0], return_counts=True)[1])[::-1]
     if len(sizes) > 1:
@@ -351,7 +352,7 @@ def warn_of_groups(
             "their relative scale is not known and each has a mean scale of 1. "
             "Experiments in each: %s",
             len(sizes),
-            ", ".join(map(str, sizes[:10])) + (", ..." if len(sizes) > 10 else ""),
+            shortened(sizes),
         )
 
 

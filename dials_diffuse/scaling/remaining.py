@@ -27,12 +27,12 @@ from dials_diffuse.scaling.photon_ratios import find_ratios
 from dials_diffuse.scaling.reference import Reference
 from dials_diffuse.scaling.refinement import Refiner
 from dials_diffuse.scaling.result import Scaling, Source
-from dials_diffuse.scaling.shared_rows import SharedRows
+from dials_diffuse.scaling.shared_rows import SharedRows, seen_by_several
 from dials_diffuse.util.files import temporary_folder
+from dials_diffuse.util.text import shortened
 
 logger = logging.getLogger("dials.diffuse.scale")
 
-MAX_NAMES = 10  # of experiments in the log
 GROSS = 1.0  # relative scatter that scales not yet known well add
 CYCLES = 2  # of outliers and scales, once these are about right
 
@@ -45,9 +45,7 @@ def informative_rows(refiner: Refiner, n_experiments: int) -> np.ndarray:
         n_experiments: Number of experiments.
     """
     block = refiner.block
-    low = np.minimum.reduceat(block.experiment, block.start[:-1])
-    high = np.maximum.reduceat(block.experiment, block.start[:-1])
-    shared = low < high
+    shared = seen_by_several(block.experiment, block.start[:-1])
     if refiner.reference is not None:
         shared |= refiner.reference.known
     use = shared[block.group] & refiner.used
@@ -207,8 +205,7 @@ def _log(scaling: Scaling, few: np.ndarray, n_rows: np.ndarray) -> None:
             "photons in voxels that others saw; they stay as they are: %s",
             len(lost),
             len(few),
-            ", ".join(map(str, lost[:MAX_NAMES]))
-            + (", ..." if len(lost) > MAX_NAMES else ""),
+            shortened(lost),
         )
 
 
@@ -216,6 +213,5 @@ def _log_numbers(chosen: np.ndarray, n_rows: np.ndarray, text: str) -> None:
     """Log a text with some experiments, and with the number of rows of each."""
     numbers = np.flatnonzero(chosen)
     if len(numbers):
-        names = ", ".join(f"{i} ({n_rows[i]})" for i in numbers[:MAX_NAMES])
-        names += ", ..." if len(numbers) > MAX_NAMES else ""
-        logger.info(text, len(numbers), MIN_ROWS, names)
+        names = [f"{i} ({n_rows[i]})" for i in numbers]
+        logger.info(text, len(numbers), MIN_ROWS, shortened(names))

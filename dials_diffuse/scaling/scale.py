@@ -3,7 +3,7 @@
 1. The observations of a choice of voxels are read (``block``).
 2. Scales start from the ratio of counts in common voxels (``initial``).
 3. The terms are refined in stages, the offset last; each is first asked whether the
-   observations determine it (``determination``).
+   observations determine it (``determination``), then whether they need it: χ² must fall.
 4. All terms are refined together, with new weights, outliers and error model each time.
 5. Terms whose effect hardly shows in equivalent observations are given up (``visibility``).
 6. Another choice of voxels tells whether the first was large enough.

@@ -56,7 +56,7 @@ class PairFiles:
 
 
 class SharedRows:
-    """Rows with the model applied, 40 bytes each on disk.
+    """Rows with the model applied, 40 bytes each on disk, and 28 for each pair.
 
     Args:
         reader: Of all observations.
@@ -157,6 +157,17 @@ def _pairs(rows: np.ndarray, start: np.ndarray, use: np.ndarray) -> Pairs:
     )
 
 
+def seen_by_several(experiment: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Whether each voxel has rows of more than one experiment.
+
+    Args:
+        experiment: Number of the experiment of each row, sorted by voxel.
+        first: First row of each voxel.
+    """
+    low, high = (f.reduceat(experiment, first) for f in (np.minimum, np.maximum))
+    return low < high
+
+
 def _is_shared(
     rows: np.ndarray, chosen: np.ndarray, reference: Reference | None
 ) -> np.ndarray:
@@ -165,9 +176,7 @@ def _is_shared(
         return np.zeros(0, dtype=bool)
     start = starts_of(rows["voxel"])
     first, experiment = start[:-1], rows["experiment"]
-    shared = np.minimum.reduceat(experiment, first) < np.maximum.reduceat(
-        experiment, first
-    )
+    shared = seen_by_several(experiment, first)
     if reference is not None:
         shared |= reference.of(rows["voxel"][first]).known
     shared &= np.logical_or.reduceat(chosen[experiment], first)

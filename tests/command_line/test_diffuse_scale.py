@@ -3,6 +3,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import resource
+import shutil
+import signal
 from pathlib import Path
 from typing import Collection
 
@@ -538,3 +541,44 @@ def test_help_tells_when_a_term_is_switched_off_all_the_same():
     for name, term in ALL_TERMS.items():
         (use,) = diffuse_scale.phil_scope.get(f"model.{name}.use").objects
         assert ("In any case" in use.help) == (term.error_limit is not None), name
+
+
+def test_files_of_other_commands_are_not_replaced(observed, tmp_path):
+    """A map, or observations as extracted; control: those of an earlier scaling."""
+    diffuse_scale.run([*observed.files, *SCALES_ONLY])
+    diffuse_merge.run(["scaled.expt", "scaled.refl", "output.plot=None"])
+    for name in ("merged.h5", observed.files[1]):
+        other = tmp_path / f"copy_of_{Path(name).name}"
+        shutil.copy(name, other)
+        message = error([*observed.files, f"output.reflections={other}"])
+        assert "exists and is not of dials.diffuse_scale" in message
+        assert other.read_bytes() == Path(name).read_bytes()
+    os.unlink("scaled.expt")
+    diffuse_scale.run([*observed.files, *SCALES_ONLY])
+    assert (tmp_path / "scaled.expt").is_file()
+
+
+def test_full_disk_is_one_line_and_leaves_nothing(observed, tmp_path):
+    """Rows that are dealt out to files beside the output are the first to be too many."""
+    before = set(tmp_path.iterdir())
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        message = error([*observed.files, *SCALES_ONLY, "output.log=None"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert message.startswith(f"Cannot write {tmp_path / 'scaled.refl'}: no space left")
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_experiments_that_min_cc_cannot_judge(stills, tmp_path, caplog):
+    caplog.set_level("INFO", logger="dials.diffuse.scale")
+    share = np.where(stills.experiment == 3, 0.005, 1.0)
+    use = np.random.default_rng(1).random(stills.n_rows) < share
+    observed = draw(
+        stills, tmp_path, SCALES[stills.experiment], counts_per_pixel=10, use=use
+    )
+    diffuse_scale.run([*observed.files, *SCALES_ONLY, "min_cc=0.0"])
+    assert "1 experiments share less than 30 voxels" in caplog.text

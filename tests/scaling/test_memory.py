@@ -1,4 +1,7 @@
-"""The memory that scaling needs does not depend on the length of the table."""
+"""The memory that scaling needs does not depend on the length of the table.
+
+Of arrays: files that are mapped, and memory left in pieces, show in benchmarks/scale.py.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ SETTINGS = (
 def write_repeated(
     experiments: ExperimentList, source: str, target: Path, times: int
 ) -> tuple[str, str]:
-    """The same table with each row so many times, in slabs as extraction makes them."""
+    """The same table with each row so many times, in slabs of half the usual size."""
     expt, refl = target.with_suffix(".expt"), target.with_suffix(".refl")
     experiments.as_file(str(expt))
     rows = {name: x.repeat(times, axis=0) for name, x in read_all(source).items()}
