@@ -161,6 +161,13 @@ def scale_experiments(
                 MIN_PAIRS,
             )
         if len(bad) == 0:
+            if np.isfinite(found.cc).any():
+                logger.info(
+                    "min_cc=%g leaves out nothing: the lowest correlation with the rest "
+                    "is %.3f",
+                    params.min_cc,
+                    np.nanmin(found.cc),
+                )
             return result, reader
         if len(bad) == np.count_nonzero(np.isfinite(found.cc)):
             raise ValueError(

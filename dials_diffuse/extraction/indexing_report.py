@@ -50,7 +50,7 @@ def log_indexing(indexing: Indexing) -> None:
             shortened(indexing.ambiguous),
             {
                 "keep": "kept as they are; see indexing.in_doubt",
-                "best": "reindexed as seems best",
+                "best": "set as seems best",
                 "leave_out": "left out",
             }[indexing.in_doubt],
         )

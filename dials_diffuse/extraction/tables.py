@@ -53,14 +53,31 @@ def detector_numbers(experiments: ExperimentList) -> list[int]:
     return numbers
 
 
+def detector_digests(experiments: ExperimentList) -> list[str]:
+    """A text for each of ``experiments.detectors()``, the same for equal ones."""
+    return [
+        hashlib.sha1(json.dumps(detector.to_dict()).encode()).hexdigest()
+        for detector in experiments.detectors()
+    ]
+
+
+def share_equal_detectors(experiments: ExperimentList) -> None:
+    """Give experiments whose detectors are equal one of them, as for one series of images.
+
+    Stills that were processed one by one come with a detector each.
+    """
+    first: dict[str, Detector] = {}
+    digests = detector_digests(experiments)
+    for number, experiment in zip(detector_numbers(experiments), experiments):
+        shared = first.setdefault(digests[number], experiment.detector)
+        experiment.detector = shared
+
+
 def model_keys(
     experiments: ExperimentList,
 ) -> list[tuple[str, tuple[float, ...]]]:
     """Digest of the detector of each experiment, and the numbers of its beam."""
-    digests = [
-        hashlib.sha1(json.dumps(detector.to_dict()).encode()).hexdigest()
-        for detector in experiments.detectors()
-    ]
+    digests = detector_digests(experiments)
     return [
         (
             digests[number],

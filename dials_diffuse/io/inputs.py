@@ -18,6 +18,7 @@ from dials.array_family import flex
 from dials.util.options import flatten_experiments, flatten_reflections
 from dials.util.phil import FilenameDataWrapper
 from dials_diffuse.extraction.blocks import missing_images
+from dials_diffuse.extraction.tables import share_equal_detectors
 
 logger = logging.getLogger("dials.diffuse.extract")
 
@@ -110,6 +111,8 @@ def is_damaged(path: str) -> bool:
 def load_experiments(inputs: Sequence[FilenameDataWrapper]) -> ExperimentList:
     """The experiments of some files with their images opened, all with identifiers.
 
+    Those with equal detectors share one.
+
     Args:
         inputs: Experiment lists as DIALS' parser reads them, without the images.
 
@@ -142,6 +145,7 @@ def load_experiments(inputs: Sequence[FilenameDataWrapper]) -> ExperimentList:
     for experiment in experiments:
         if not experiment.identifier:
             experiment.identifier = ersatz_uuid4()
+    share_equal_detectors(experiments)
     return experiments
 
 

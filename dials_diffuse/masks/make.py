@@ -173,13 +173,14 @@ def make_mask(
     seen = ~hidden & (sums.n > 0)
     layers["beamstop"], warnings, notes = _beamstop(sums, seen, rings, shapes, settings)
     masked = np.logical_or.reduce(list(layers.values()))
-    warnings += unexposed_hint(unexposed_areas(sums, ~masked, model), len(masked))
     notes += shadow_notes(goniometer)
     if settings.find:
         faulty, sensitivity = find_faulty(sums, masked, rings, shapes)
         layers.update({k: v for k, v in faulty.items() if k in settings.find})
         warnings += too_few_images(settings, len(images))
         notes += sensitivity_notes(sensitivity, settings, len(images))
+    left = ~np.logical_or.reduce(list(layers.values()))
+    warnings += unexposed_hint(unexposed_areas(sums, left, model), len(left))
     for note in notes:
         logger.info("%s", note)
     for warning in warnings:

@@ -18,6 +18,7 @@ from dials_diffuse.masks.series import split
 from dials_diffuse.masks.statistics import PixelModel, PixelSums
 
 BOX = 15  # pixels along an edge of the smallest area
+FILLED = 0.9  # part of its limits that an area must fill to be called a rectangle
 MIN_SHARE = 1e-3  # of the pixels
 # Photons that an area would have at the usual level. In weak corners there are few.
 MIN_PHOTONS = 1000.0
@@ -32,12 +33,14 @@ class UnexposedArea:
         value: The value, in detector units.
         n_pixels: Number of pixels in all areas of this panel with this value.
         box: x0, x1, y0, y1 of the largest, x0 <= x < x1.
+        is_box: Whether it nearly fills them.
     """
 
     panel: int
     value: float
     n_pixels: int
     box: tuple[int, int, int, int]
+    is_box: bool
 
 
 def unexposed_areas(
@@ -66,7 +69,8 @@ def unexposed_areas(
             enough = n_pixels * sums.n_images * usual >= MIN_PHOTONS
             if n_pixels >= MIN_SHARE * len(seen) and enough:
                 raw = float(value) * model.gain[number] + model.pedestal[number]
-                result.append(UnexposedArea(number, raw, n_pixels, _largest_box(area)))
+                box, is_box = _largest_box(area)
+                result.append(UnexposedArea(number, raw, n_pixels, box, is_box))
     return sorted(result, key=lambda area: -area.n_pixels)
 
 
@@ -76,12 +80,13 @@ def _frequent_values(values: np.ndarray, most: int = 3) -> np.ndarray:
     return found[np.argsort(-n, kind="stable")[:most]]
 
 
-def _largest_box(area: np.ndarray) -> tuple[int, int, int, int]:
-    """Limits x0, x1, y0, y1 of the largest connected part of an area."""
+def _largest_box(area: np.ndarray) -> tuple[tuple[int, int, int, int], bool]:
+    """Limits x0, x1, y0, y1 of the largest connected part; whether it fills them."""
     labels, _ = ndimage.label(area)
     largest = np.argmax(np.bincount(labels[area]))
     y, x = ndimage.find_objects((labels == largest).astype(np.uint8))[0]
-    return x.start, x.stop, y.start, y.stop
+    is_box = np.mean(labels[y, x] == largest) >= FILLED
+    return (x.start, x.stop, y.start, y.stop), bool(is_box)
 
 
 def unexposed_hint(areas: Sequence[UnexposedArea], n_pixels: int) -> list[str]:
@@ -96,10 +101,14 @@ def unexposed_hint(areas: Sequence[UnexposedArea], n_pixels: int) -> list[str]:
     first = areas[0]
     total = sum(area.n_pixels for area in areas)
     x0, x1, y0, y1 = first.box
+    shape = (
+        f"untrusted.rectangle={x0},{x1},{y0},{y1}"
+        if first.is_box
+        else "shapes (untrusted.polygon) about them; they do not fill that rectangle"
+    )
     return [
         f"{total} pixels ({100 * total / n_pixels:.2g}%) lie in areas that have one value "
         f"in all images, {first.value:g} in the largest (panel {first.panel}, x {x0} to "
         f"{x1}, y {y0} to {y1}). If the detector is not exposed there, leave them out: "
-        f"by trusted_range, from {first.value + 1:g} on, or by "
-        f"untrusted.rectangle={x0},{x1},{y0},{y1}"
+        f"by trusted_range, from {first.value + 1:g} on, or by {shape}"
     ]

@@ -52,7 +52,13 @@ def spots_summary(mode: str, folder: Path, n_images: int) -> dict[str, Any] | No
 
 
 def _load(path: Path) -> flex.reflection_table:
-    return flex.reflection_table.from_file(str(path))
+    try:
+        return flex.reflection_table.from_file(str(path))
+    except Exception as e:  # whatever a damaged file brings about
+        reason = " ".join(str(e).split()) or type(e).__name__
+        raise ValueError(
+            f"Cannot read {path} ({reason}): perhaps the disk is full"
+        ) from None
 
 
 def _count_flag(table: flex.reflection_table, flag: str) -> int:

@@ -52,6 +52,7 @@ from dials_diffuse.scaling.result import Scaling
 from dials_diffuse.scaling.selection import Gain, agreement, gains
 from dials_diffuse.scaling.start import start_scales
 from dials_diffuse.scaling.terms import TERMS
+from dials_diffuse.util.text import shortened
 
 MOST_RANGES = 180  # of images of all sweeps together
 LEAST_RANGES = 8  # of each sweep
@@ -580,6 +581,10 @@ def surfaces(experiments: ExperimentList, scaling: Scaling) -> list[dict[str, An
             plot = plot_component(name, component)
             if is_gauge:
                 plot["layout"]["title"] = {"text": "Resolution (gauge)"}
+            elif len(seen) > 1:
+                text = plot["layout"]["title"]["text"]
+                text += f", experiments {shortened(numbers, 3)}"
+                plot["layout"]["title"] = {"text": text}
             result.append(
                 {
                     "term": name,

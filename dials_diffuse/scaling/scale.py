@@ -68,6 +68,9 @@ NEEDED_GAIN = 5.0
 # observations, whatever an error model makes of it.
 UNFIT = 10.0
 
+# Part of the photons above the background that an offset may take without a warning.
+LARGEST_OFFSET = 0.5
+
 # Part of the variance of a factor that must show in differences between equivalents: of
 # true corrections more does, of surfaces that describe other errors of a short sweep less.
 VISIBLE = 0.4
@@ -168,7 +171,8 @@ def make_terms(
             continue
         layout = Layout([term.owner_for(own, extent) for extent in extents])
         if layout.n_params == 0:
-            dropped[name] = "it makes no sense for these experiments"
+            kind = "stills" if all(e.is_still for e in extents) else "these experiments"
+            dropped[name] = f"it makes no sense for {kind}"
             continue
         unit = 1.0 if term.role is Role.ADDITIVE else None
         components[name] = JointComponent(layout, term.prior(own), unit)
@@ -233,7 +237,8 @@ class Session:
     def run(self) -> None:
         """All stages."""
         logger.info(
-            "%d observations of %d voxels",
+            "%d observations of %d voxels; the χ² of each refinement is by its own "
+            "weights and without its own outliers",
             self.block.n_rows,
             self.block.n_groups,
         )
@@ -269,9 +274,26 @@ class Session:
             logger.warning(
                 "Warning: equivalent observations disagree by much more than the errors of "
                 "counting (χ² %.1f with the model): check the space group, the indexing, "
-                "the gain and the masks, and whether the scale varies faster than the "
-                "knots of the model (model.scale.interval)",
+                "the gain and the masks, whether terms have been switched off that are "
+                "needed, and whether the scale varies faster than the knots of the model "
+                "(model.scale.interval)",
                 self.result.counting,
+            )
+
+        self._warn_of_offset()
+
+    def _warn_of_offset(self) -> None:
+        """Warn if most of the photons are taken for background."""
+        _, offset = self.refiner.responses()
+        weight = self._weights_of_means()
+        share = float(offset @ (weight > 0)) / max(float(weight.sum()), 1.0)
+        logger.debug("The offset takes %.1f%% of the photons", 100 * share)
+        if share > LARGEST_OFFSET:
+            logger.warning(
+                "Warning: the offset takes %.0f%% of the photons above the background, so "
+                "that intensities are small differences and may be negative: check it on "
+                "the page and, if there is less background, use model.offset.use=no",
+                100 * share,
             )
 
     def _refined(self) -> list[str]:

@@ -16,6 +16,7 @@ import numpy as np
 from dials_diffuse.scaling.initial import Pairs, add_up_pairs
 from dials_diffuse.scaling.refinement import Refiner
 from dials_diffuse.scaling.start import with_reference
+from dials_diffuse.scaling.terms import TERMS
 
 MIN_PAIRS = 30  # voxels that an experiment must share for its correlation to count
 ROWS_PER_PART = 1 << 20  # looked at at once
@@ -37,6 +38,8 @@ def gains(refiner: Refiner, n_experiments: int) -> dict[str, Gain]:
     """What each term contributes; under the name of "" the figures with all terms."""
     result = {"": _gain(refiner, n_experiments)}
     for name, component in refiner.components.items():
+        if TERMS[name].stage is None:
+            continue  # the gauge changes nothing here
         refined = component.parameters
         component.parameters = refined * 0.0
         result[name] = _gain(refiner, n_experiments)

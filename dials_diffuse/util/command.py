@@ -85,8 +85,8 @@ def _why_unhandled(arg: str, phil: libtbx.phil.scope) -> str:
         return f"{arg} is a folder: give files"
     if os.path.exists(arg):
         return (
-            f"{arg} is empty, damaged or of a kind that this command does not read: see "
-            "the help (-h)"
+            f"{arg} is empty, damaged or of a kind that this command does not read (such "
+            "as the .refl of another stage): see the help (-h)"
         )
     if "=" not in arg:
         return f"{arg} does not exist"

@@ -38,7 +38,11 @@ from dials_diffuse.extraction.settings import (
     CorrectionSettings,
     ExtractionSettings,
 )
-from dials_diffuse.extraction.tables import detector_numbers, table_keys
+from dials_diffuse.extraction.tables import (
+    detector_numbers,
+    share_equal_detectors,
+    table_keys,
+)
 from dials_diffuse.grid import Grid
 from dials_diffuse.io.bragg import bragg_table
 from dials_diffuse.io.observations import COLUMNS, GROUP, ObservationFile
@@ -747,3 +751,6 @@ def test_tables_are_shared_by_experiments_of_one_detector_only():
     assert first == equal
     assert len({first, other_detector, other_beam}) == 3
     assert detector_numbers(experiments) == [0, 1, 2, 0]
+    share_equal_detectors(experiments)
+    assert detector_numbers(experiments) == [0, 0, 1, 0]
+    assert table_keys(experiments) == (first, equal, other_detector, other_beam)

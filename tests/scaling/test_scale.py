@@ -192,6 +192,21 @@ def test_values_that_are_no_numbers_are_found(result, name):
         component.parameters = saved
 
 
+@pytest.mark.parametrize("size, is_warned", [(0.2, False), (8.0, True)])
+def test_an_offset_of_most_of_the_photons_is_warned_of(
+    observed, tmp_path, caplog, size, is_warned
+):
+    geometry = observed.geometry
+    turn = 2 * np.pi * geometry.turn
+    scale_factor = np.exp(1.2 * np.sin(turn))
+    offset = size * np.exp(-3 * geometry.s)
+    drawn = draw(geometry, tmp_path, scale_factor, offset, 0.5, counts_per_pixel=50)
+    used = {"scale", "offset"}
+    no = [f"model.{name}.use=no" for name in TERMS if name not in used]
+    scaled(drawn, "model.offset.use=yes", *no)
+    assert ("% of the photons above the background" in caplog.text) == is_warned
+
+
 def test_choice_of_observations(observed, caplog):
     """A part of the voxels gives nearly the same scales, and says that it was enough."""
     options = [f"model.{name}.use=no" for name in TERMS[1:]]
@@ -502,7 +517,7 @@ def test_absorption_of_stills_makes_no_sense(tmp_path, caplog):
     with ObservationFile(files[0]) as table:
         numbers = [{i: i for i in range(4)}]
         result, _ = scale(geometry.experiments, [table], numbers, params)
-    assert result.dropped["absorption"] == "it makes no sense for these experiments"
+    assert result.dropped["absorption"] == "it makes no sense for stills"
     assert "absorption" not in result.components
 
 
