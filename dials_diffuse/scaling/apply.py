@@ -33,6 +33,7 @@ from dials_diffuse.scaling.portions import (
     starts_of,
 )
 from dials_diffuse.scaling.result import Scaling
+from dials_diffuse.util.memory import giving_back
 from dials_diffuse.util.signals import progress_bar
 
 logger = logging.getLogger("dials.diffuse.scale")
@@ -54,7 +55,8 @@ def all_outliers(
     known = scaling.refiner.map
     outliers = OutlierRows(folder, len(reader.tables))
     portions = deal_out(reader, ScaleFinder(scaling), folder, "Applying the model")
-    for path in progress_bar(portions, desc="Finding outliers", unit="portion"):
+    bar = progress_bar(portions, desc="Finding outliers", unit="portion")
+    for path in giving_back(bar):
         rows = read_portion(path)
         os.unlink(path)
         start = starts_of(rows["voxel"])
@@ -140,7 +142,7 @@ def scaled_rows(
         for numbers in reader.numbers
     )
     ranges = list(ranges_of_voxels(reader.tables, ROWS_PER_SLAB))
-    for limits in progress_bar(ranges, desc="Writing", unit="slab"):
+    for limits in giving_back(progress_bar(ranges, desc="Writing", unit="slab")):
         parts = []
         for number, (start, stop) in enumerate(limits):
             if stop > start:

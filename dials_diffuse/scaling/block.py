@@ -29,6 +29,7 @@ from dials_diffuse.merging.observations import (
 )
 from dials_diffuse.scaling.coordinates import COLUMNS, CoordinateFinder
 from dials_diffuse.scaling.layout import Layout
+from dials_diffuse.util.memory import giving_back
 from dials_diffuse.util.signals import progress_bar
 
 FLAGS = flex.reflection_table.flags
@@ -168,7 +169,7 @@ class RowReader:
             for i, table in enumerate(self.tables)
             for limits in table.slabs(ROWS_PER_SLAB)
         ]
-        yield from progress_bar(slabs, desc=description, unit="slab")
+        yield from giving_back(progress_bar(slabs, desc=description, unit="slab"))
 
     def read(
         self, table_number: int, start: int, stop: int, step: int = 1, phase: int = 0
