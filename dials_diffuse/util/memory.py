@@ -8,8 +8,6 @@ from typing import Iterable, Iterator, TypeVar
 
 Item = TypeVar("Item")
 
-EVERY = 16  # slabs, after which free memory is given back
-
 
 def give_back() -> None:
     """Return free memory to the system, as far as the C library can (glibc does).
@@ -22,9 +20,7 @@ def give_back() -> None:
 
 
 def giving_back(slabs: Iterable[Item]) -> Iterator[Item]:
-    """The same slabs; free memory is given back after some of them and at the end."""
-    for number, slab in enumerate(slabs, 1):
+    """The same slabs; free memory is given back after each of them."""
+    for slab in slabs:
         yield slab
-        if number % EVERY == 0:
-            give_back()
-    give_back()
+        give_back()

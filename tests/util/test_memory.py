@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from dials_diffuse.util.memory import EVERY, giving_back
+from dials_diffuse.util.memory import giving_back
 
 # Small pieces between arrays below the size that the C library maps by itself.
 FRAGMENTS = """
@@ -30,7 +30,7 @@ print(before - resident())
 
 
 def test_all_slabs_come_in_order():
-    slabs = list(range(3 * EVERY + 1))
+    slabs = [3, 1, 2]
     assert list(giving_back(slabs)) == slabs
     assert list(giving_back([])) == []
 
