@@ -37,8 +37,8 @@ def spots_summary(mode: str, folder: Path, n_images: int) -> dict[str, Any] | No
         indexed = list(folder.glob("indexed.refl"))
     if not found:
         return None
-    n_found = sum(len(_load(path)) for path in found)
-    n_indexed = sum(_count_flag(_load(path), "indexed") for path in indexed)
+    n_found = sum(len(read_table(path)) for path in found)
+    n_indexed = sum(_count_flag(read_table(path), "indexed") for path in indexed)
     result = {
         "n_images": n_images,
         "n_found": n_found,
@@ -51,7 +51,12 @@ def spots_summary(mode: str, folder: Path, n_images: int) -> dict[str, Any] | No
     return result
 
 
-def _load(path: Path) -> flex.reflection_table:
+def read_table(path: Path) -> flex.reflection_table:
+    """What a program of DIALS wrote.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
     try:
         return flex.reflection_table.from_file(str(path))
     except Exception as e:  # whatever a damaged file brings about

@@ -3,11 +3,10 @@
 Refinement needs no more than these. The block holds 20 bytes and 4 for each term a row:
 experiment, counts, background, variance, normalisation and cells. The refinement adds the
 photons, weights and flags of use, 9 bytes a row; the sums in C++ share all these arrays.
-While a block is sorted, there are 17 more bytes a row for voxels and places, and one
-column twice. All observations of a voxel are in or none is, and the
-choice, by a hash of the voxel, depends on nothing but the number asked for. Voxels with a
-single observation say nothing about scales and are left out, unless there is a map to
-scale to.
+While a block is sorted, there are 17 more bytes a row for voxels and places, and one column
+twice. All observations of a voxel are in or none is, and the choice, by a hash of the
+voxel, depends on nothing but the number asked for. Voxels with a single observation say
+nothing about scales and are left out, unless there is a map to scale to.
 """
 
 from __future__ import annotations

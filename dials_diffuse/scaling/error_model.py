@@ -166,6 +166,21 @@ class Rows(NamedTuple):
         return known.photons, known.response, base, known.fractional
 
 
+def ranges_of_groups(start: np.ndarray, max_rows: int) -> Iterator[tuple[int, int]]:
+    """Ranges of whole groups of about ``max_rows`` rows at the most, in turn.
+
+    Args:
+        start: First row of each group and, last, the number of rows.
+        max_rows: A group that has more is a range by itself.
+    """
+    first, n_groups = 0, len(start) - 1
+    while first < n_groups:
+        last = int(np.searchsorted(start, start[first] + max_rows, side="right")) - 1
+        last = max(first + 1, last)
+        yield first, last
+        first = last
+
+
 def blocks_of_rows(
     counts: np.ndarray,
     response: np.ndarray,
@@ -193,10 +208,7 @@ def blocks_of_rows(
     sizes = np.diff(start)
     if not len(start) or start[0] or start[-1] != len(columns[0]) or np.any(sizes < 0):
         raise ValueError("The limits of the groups do not fit the number of rows")
-    first, n_groups = 0, len(start) - 1
-    while first < n_groups:
-        last = np.searchsorted(start, start[first] + ROWS_PER_BLOCK, side="right") - 1
-        last = max(first + 1, int(last))
+    for first, last in ranges_of_groups(start, ROWS_PER_BLOCK):
         place = slice(int(start[first]), int(start[last]))
         group = np.repeat(np.arange(last - first), sizes[first:last])
         known = None if reference is None else reference.select(first + group)
@@ -210,7 +222,6 @@ def blocks_of_rows(
             )
         if len(group):
             yield place, rows
-        first = last
 
 
 class Residuals(NamedTuple):

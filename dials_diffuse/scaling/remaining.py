@@ -22,7 +22,6 @@ from dxtbx import flumpy
 from dials_diffuse.scaling.block import RowReader
 from dials_diffuse.scaling.error_model import ErrorModel
 from dials_diffuse.scaling.initial import MIN_ROWS
-from dials_diffuse.scaling.outliers import THRESHOLD
 from dials_diffuse.scaling.photon_ratios import find_ratios
 from dials_diffuse.scaling.reference import Reference
 from dials_diffuse.scaling.refinement import Refiner
@@ -56,8 +55,8 @@ def scale_remaining(
     scaling: Scaling,
     reader: RowReader,
     reference: Reference | None,
-    threshold: float | None = THRESHOLD,
-    output: Path = Path("scaled.refl"),
+    output: Path,
+    threshold: float | None,
 ) -> None:
     """Scale the experiments of which too few observations were refined against.
 
@@ -65,8 +64,8 @@ def scale_remaining(
         scaling: The result; its scales are changed, and it is told where they are from.
         reader: Of all observations.
         reference: The map that was scaled to.
-        threshold: Deviation from which on an observation is an outlier; None: none is.
         output: What is to be written; temporary files are put beside it.
+        threshold: Deviation from which on an observation is an outlier; None: none is.
     """
     n = len(scaling.extents)
     scaling.n_observations = informative_rows(scaling.refiner, n)
@@ -81,7 +80,7 @@ def scale_remaining(
         return
     if scaling.step > 1 and few.any():
         present, n_rows = _scale_by_all(
-            scaling, reader, few, reference, threshold, output
+            scaling, reader, few, reference, output, threshold
         )
     elif np.any(few & (n_rows == 0)):
         present = _count_rows(reader, n) > 0
@@ -112,8 +111,8 @@ def _scale_by_all(
     reader: RowReader,
     few: np.ndarray,
     reference: Reference | None,
-    threshold: float | None,
     output: Path,
+    threshold: float | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scale some experiments by all of their rows.
 

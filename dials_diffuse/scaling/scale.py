@@ -137,8 +137,8 @@ def scale(
         result,
         reader,
         reference,
-        threshold=outliers.threshold if outliers.reject else None,
-        output=Path(params.output.reflections),
+        Path(params.output.reflections),
+        outliers.threshold if outliers.reject else None,
     )
     if step > 1:
         _check_choice(result, reader, step, grid, params, reference)
@@ -285,9 +285,9 @@ class Session:
     def _warn_of_offset(self) -> None:
         """Warn if most of the photons are taken for background."""
         _, offset = self.refiner.responses()
-        weight = self._weights_of_means()
-        share = float(offset @ (weight > 0)) / max(float(weight.sum()), 1.0)
-        logger.debug("The offset takes %.1f%% of the photons", 100 * share)
+        rows = self.refiner.used & self.block.is_diffuse
+        photons = self.refiner.photons[rows].sum(dtype=float)
+        share = float(offset[rows].sum(dtype=float)) / max(float(photons), 1.0)
         if share > LARGEST_OFFSET:
             logger.warning(
                 "Warning: the offset takes %.0f%% of the photons above the background, so "

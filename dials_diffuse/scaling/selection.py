@@ -13,6 +13,7 @@ from typing import Iterator, NamedTuple
 
 import numpy as np
 
+from dials_diffuse.scaling.error_model import ranges_of_groups
 from dials_diffuse.scaling.initial import Pairs, add_up_pairs
 from dials_diffuse.scaling.refinement import Refiner
 from dials_diffuse.scaling.start import with_reference
@@ -126,10 +127,7 @@ def _shared_pairs(refiner: Refiner, n_experiments: int) -> Iterator[_Shared]:
     block = refiner.block
     response, offset = refiner.responses()
     used = refiner.used & block.is_diffuse
-    first = 0
-    while first < block.n_groups:
-        last = np.searchsorted(block.start, block.start[first] + ROWS_PER_PART, "right")
-        last = max(first + 1, int(last) - 1)
+    for first, last in ranges_of_groups(block.start, ROWS_PER_PART):
         start = block.start[first : last + 1]
         rows = slice(int(start[0]), int(start[-1]))
         use = used[rows]
@@ -144,7 +142,6 @@ def _shared_pairs(refiner: Refiner, n_experiments: int) -> Iterator[_Shared]:
             known = known.select(np.arange(first, last))
         pairs = with_reference(known, pairs, n_experiments)
         yield _shared(pairs, refiner.shell[first:last])
-        first = last
 
 
 def _shared(pairs: Pairs, shell: np.ndarray) -> _Shared:

@@ -16,6 +16,7 @@ from dials_diffuse.process.summary import (
     geometry_summary,
     indexing_summary,
     mask_summary,
+    read_table,
     refinement_summary,
     spots_summary,
 )
@@ -158,3 +159,11 @@ def test_mask_without_its_panels():
     detector = {"mask": "a.mask", "n_images": 5, "n_pixels": 100, "n_masked": 3}
     full = {**detector, "identifiers": ["0"], "layers": [{**layer, "panels": [1, 2]}]}
     assert mask_summary([full]) == [{**detector, "layers": [layer]}]
+
+
+def test_damaged_reflections_are_named(tmp_path):
+    """As a program of DIALS leaves them when the disk is full."""
+    path = tmp_path / "indexed.refl"
+    path.write_bytes(b"\x82\x00\x00")
+    with pytest.raises(ValueError, match=f"Cannot read {path} .*disk"):
+        read_table(path)

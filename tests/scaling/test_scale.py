@@ -27,12 +27,13 @@ from dials_diffuse import symmetry
 from dials_diffuse.command_line import diffuse_scale
 from dials_diffuse.io.observations import ObservationFile
 from dials_diffuse.merging.sums import mix_bits, pack
-from dials_diffuse.scaling import portions
+from dials_diffuse.scaling import portions, selection
 from dials_diffuse.scaling.block import ImageRange
 from dials_diffuse.scaling.determination import standard_error
 from dials_diffuse.scaling.reference import Reference
 from dials_diffuse.scaling.result import Scaling, Source
 from dials_diffuse.scaling.scale import Session, scale
+from dials_diffuse.scaling.selection import agreement
 from dials_diffuse.util.command import parse_arguments
 
 TERMS = ("scale", "decay", "absorption", "detector", "offset")
@@ -578,3 +579,36 @@ def test_no_other_voxels_to_check_the_choice(stills, tmp_path):
     assert result.step == step
     assert result.control is None
     assert np.abs(relative_errors(result, np.arange(5))).max() < 0.05
+
+
+def test_agreement_is_that_of_each_still_with_all_others(stills, monkeypatch):
+    """By its definition, voxel by voxel, and in whatever parts it is found."""
+    refiner = scaled_stills(stills).refiner
+    whole = agreement(refiner, 6)
+    monkeypatch.setattr(selection, "ROWS_PER_PART", 500)
+    for a, b in zip(whole, agreement(refiner, 6)):
+        assert b == pytest.approx(a, rel=1e-4)
+    block, (response, offset) = refiner.block, refiner.responses()
+    use = refiner.used
+    sums = np.zeros((2, block.n_groups, 6))
+    for total, values in zip(sums, (refiner.photons - offset, response)):
+        np.add.at(total, (block.group[use], block.experiment[use]), values[use])
+    photons, norm = sums
+    rest, rest_norm = (x.sum(axis=1, keepdims=True) - x for x in sums)
+    shared = (norm > 0) & (rest_norm > 1e-6)
+    shell = np.broadcast_to(refiner.shell[:, None], shared.shape)[shared]
+
+    def anisotropic(n: np.ndarray, m: np.ndarray) -> np.ndarray:
+        n, m = n[shared], m[shared]
+        with np.errstate(invalid="ignore"):  # shells without voxels
+            means = np.bincount(shell, n) / np.bincount(shell, m)
+        return n / m - means[shell]
+
+    own, other = anisotropic(photons, norm), anisotropic(rest, rest_norm)
+    weight = 1 / (1 / norm[shared] + 1 / rest_norm[shared])
+    number = np.nonzero(shared)[1]
+    for i in range(6):
+        w, x, y = (v[number == i] for v in (weight, own, other))
+        cc = np.sum(w * x * y) / np.sqrt(np.sum(w * x**2) * np.sum(w * y**2))
+        assert whole.cc[i] == pytest.approx(cc, abs=1e-4)
+        assert whole.n_pairs[i] == len(w)
