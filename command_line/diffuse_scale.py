@@ -67,6 +67,7 @@ from dials_diffuse.util.command import (
     parse_arguments,
 )
 from dials_diffuse.util.files import atomic_path, temporary_folder
+from dials_diffuse.util.memory import return_large_arrays
 
 logger = logging.getLogger("dials.diffuse.scale")
 
@@ -290,6 +291,7 @@ def write_report(params: Any, record: Mapping[str, Any]) -> None:
 
 def process(params: Any, phil: str, files: Sequence[str]) -> Scaling:
     """Read the input, scale, write the output."""
+    return_large_arrays()
     experiments = flatten_experiments(params.input.experiments)
     inputs = [*(item.filename for item in params.input.experiments), *files]
     with contextlib.ExitStack() as stack:
