@@ -13,6 +13,8 @@ from typing import TypeVar
 
 import h5py
 
+METADATA_CACHE = 1 << 20  # bytes, by the size in the file
+
 Reader = TypeVar("Reader", bound="HDF5Input")
 
 
@@ -110,6 +112,7 @@ class HDF5Output:
         self._guard = GuardedFile(path)
         oldest = "v108" if with_times else "earliest"
         self.file = h5py.File(self._guard, "w", libver=(oldest, "v110"))
+        limit_metadata_cache(self.file)
 
     def check(self) -> None:
         """Raise the error of a write that failed, if any; call it after each write.
@@ -173,12 +176,27 @@ def open_hdf5(path: str | os.PathLike) -> h5py.File:
         ValueError: It does not exist or cannot be read.
     """
     try:
-        return h5py.File(path, "r")
+        file = h5py.File(path, "r")
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except OSError as e:
         reason = os.strerror(e.errno) if e.errno else "it is not HDF5, or cut short"
         raise ValueError(f"Cannot read {path}: {reason}") from None
+    limit_metadata_cache(file)
+    return file
+
+
+def limit_metadata_cache(file: h5py.File) -> None:
+    """Let the library keep little of the structure of an open file in memory.
+
+    By itself it keeps up to 32 MiB by the size in the file, mostly where the chunks of long
+    columns are, which take ten times as much in memory. A file that is read or written
+    from its beginning to its end needs them once.
+    """
+    config = file.id.get_mdc_config()
+    config.set_initial_size = True
+    config.initial_size = config.min_size = config.max_size = METADATA_CACHE
+    file.id.set_mdc_config(config)
 
 
 def damaged(path: str, error: Exception) -> str:

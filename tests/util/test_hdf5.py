@@ -8,7 +8,12 @@ import h5py
 import numpy as np
 import pytest
 
-from dials_diffuse.util.hdf5 import GuardedFile, HDF5Output
+from dials_diffuse.util.hdf5 import (
+    METADATA_CACHE,
+    GuardedFile,
+    HDF5Output,
+    open_hdf5,
+)
 
 # Chunks that grow are kept in a cache, which the library cannot empty on a full disk
 FULL_DISK = """
@@ -97,3 +102,22 @@ def test_what_could_not_be_written_can_be_read_back(tmp_path):
     assert handle.read(4) == b"cd\0\0"
     handle.close()
     assert (tmp_path / "file").read_bytes() == b"0123456789"
+
+
+def test_structure_of_many_chunks_is_not_kept(tmp_path):
+    """More of it than the cache takes is written and read; control: h5py by itself."""
+    path = tmp_path / "chunks.h5"
+    values = np.arange(320_000, dtype=np.int32)
+    output = HDF5Output(path)
+    output.file.create_dataset("data", data=values, chunks=(8,))
+    written = output.file.id.get_mdc_size()
+    output.close()
+    assert path.stat().st_size - values.nbytes > METADATA_CACHE / 2
+    with open_hdf5(path) as file:
+        assert np.array_equal(file["data"][()], values)
+        read = file.id.get_mdc_size()
+        assert file.id.get_mdc_config().max_size == METADATA_CACHE
+    for most, _, used, _ in (written, read):
+        assert used <= most == METADATA_CACHE
+    with h5py.File(path, "r") as file:
+        assert file.id.get_mdc_config().max_size > METADATA_CACHE
