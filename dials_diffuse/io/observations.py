@@ -31,7 +31,7 @@ ROOT = "dials_diffuse"
 CHUNK_ROWS = 1 << 14
 
 # Of the slabs that extraction writes, and that later stages hold in memory. Larger ones are
-# no faster, and free memory of that size is left in pieces.
+# no faster.
 ROWS_PER_SLAB = 250_000
 
 

@@ -240,7 +240,8 @@ class RowReader:
 class GrowingColumns:
     """Columns to which rows are appended, each in one array.
 
-    Many small arrays would leave the memory in pieces when they are freed.
+    Many arrays below the size that the C library maps by itself would leave the memory in
+    pieces when they are freed.
     """
 
     def __init__(self) -> None:

@@ -8,6 +8,7 @@ is well; the error is raised from here, and the file is closed and thrown away i
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TypeVar
 
@@ -23,7 +24,7 @@ class GuardedFile:
 
     Has the methods that h5py asks of a file object. What is written after the first
     error stays in memory, because the library reads some of it back: that is what it
-    writes between two calls of ``HDF5Output.check``, and to close the file.
+    writes up to the next call of ``HDF5Output.check``, and to close the file.
 
     Args:
         path: File to make.
@@ -54,7 +55,12 @@ class GuardedFile:
 
     def readinto(self, buffer: bytearray) -> int:
         view = memoryview(buffer).cast("B")
-        n = self._raw.readinto(view)
+        n = 0
+        try:
+            while n < len(view) and (more := self._raw.readinto(view[n:])):
+                n += more
+        except OSError as e:
+            self.error = self.error or e
         view[n:] = bytes(len(view) - n)
         for offset, data in self._kept:
             start = max(offset - self._position, 0)
@@ -190,13 +196,14 @@ def limit_metadata_cache(file: h5py.File) -> None:
     """Let the library keep little of the structure of an open file in memory.
 
     By itself it keeps up to 32 MiB by the size in the file, mostly where the chunks of long
-    columns are, which take ten times as much in memory. A file that is read or written
-    from its beginning to its end needs them once.
+    columns are, which take ten times as much in memory. What is needed again is read
+    again.
     """
-    config = file.id.get_mdc_config()
-    config.set_initial_size = True
-    config.initial_size = config.min_size = config.max_size = METADATA_CACHE
-    file.id.set_mdc_config(config)
+    with contextlib.suppress(RuntimeError, ValueError):  # a file works without it, too
+        config = file.id.get_mdc_config()
+        config.set_initial_size = True
+        config.initial_size = config.min_size = config.max_size = METADATA_CACHE
+        file.id.set_mdc_config(config)
 
 
 def damaged(path: str, error: Exception) -> str:

@@ -65,6 +65,10 @@ def test_memory_is_that_of_a_slab_and_of_the_rows_refined(tmp_path, monkeypatch)
     monkeypatch.setattr(block, "ROWS_PER_SLAB", ROWS_PER_SLAB)
     monkeypatch.setattr(apply, "ROWS_PER_SLAB", ROWS_PER_SLAB)
     monkeypatch.setattr(portions, "ROWS_PER_PORTION", ROWS_PER_SLAB)
+    mapped = []
+    monkeypatch.setattr(
+        diffuse_scale, "return_large_arrays", lambda: mapped.append(True)
+    )
     detector = {"size": (60, 60), "pixel": 1.5}
     geometry = observe(vary(ROTATION, n_images=30, detector=detector), tmp_path)
     observed = draw(geometry, tmp_path, np.ones(geometry.n_rows), counts_per_pixel=20)
@@ -80,5 +84,6 @@ def test_memory_is_that_of_a_slab_and_of_the_rows_refined(tmp_path, monkeypatch)
         peak(files, REFINED)  # imports, and caches of what does not change
     few, many = peak(short, REFINED), peak(long, REFINED)
     assert many < 1.1 * few
+    assert len(mapped) == 4  # of each run: what is freed is not left in pieces
     everything = peak(long, "refinement.max_rows=None")
     assert everything > 5 * many
