@@ -196,7 +196,7 @@ def limit_metadata_cache(file: h5py.File) -> None:
     """Let the library keep little of the structure of an open file in memory.
 
     By itself it keeps up to 32 MiB by the size in the file, mostly where the chunks of long
-    columns are, which take ten times as much in memory. What is needed again is read
+    columns are, which take several times as much in memory. What is needed again is read
     again.
     """
     with contextlib.suppress(RuntimeError, ValueError):  # a file works without it, too

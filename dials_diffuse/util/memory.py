@@ -19,9 +19,8 @@ Item = TypeVar("Item")
 # Most columns of a slab of one table, and all of the refinement, are larger. Were it less,
 # getting them anew would take time.
 LARGE = 1 << 20  # bytes
-SLABS_TOGETHER = (
-    8  # smaller pieces, of many tables for example, are given back after them
-)
+# Smaller pieces, of the columns of many tables for example, are given back after so many.
+SLABS_TOGETHER = 8
 KEPT = 16 << 20  # bytes that are free at the end of the heap
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 

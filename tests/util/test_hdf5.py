@@ -104,6 +104,17 @@ def test_what_could_not_be_written_can_be_read_back(tmp_path):
     assert (tmp_path / "file").read_bytes() == b"0123456789"
 
 
+def test_what_cannot_be_read_back_is_told(tmp_path):
+    handle = GuardedFile(tmp_path / "file")
+    handle.write(b"0123")
+    handle._raw.close()
+    handle._raw = open(tmp_path / "file", "ab", buffering=0)  # which cannot be read
+    handle.seek(0)
+    assert handle.read(4) == bytes(4)
+    assert isinstance(handle.error, OSError)
+    handle.close()
+
+
 def test_structure_of_many_chunks_is_not_kept(tmp_path):
     """More of it than the cache takes is written and read; control: h5py by itself."""
     path = tmp_path / "chunks.h5"
